@@ -170,7 +170,7 @@ env-packages: $(VENV)/ready-dev
 # Real agents in sandboxes without a network, with a scripted model; installs them from npm and PyPI, kept in
 # ROCK_TEST_CACHE (2.5 GB).
 agents: $(VENV)/ready-dev
-	ROCK_TEST_AGENTS=1 $(PY) -m pytest tests/agents
+	ROCK_TEST_AGENTS=1 $(PY) -m pytest tests/agents tests/jobs/test_swe.py
 
 # Steps of environments next to rlmesh 0.1.0 and AsyncVectorEnv; needs a quiet machine.
 RLMESH := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/rlmesh

@@ -7,7 +7,6 @@ lightest one if its layer is there, and always a scripted agent, which needs no 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,12 +18,11 @@ import pytest
 from rock.agents import builtin
 from rock.agents.recipe import parse
 from rock.errors import InvalidConfig
-from rock.images.agents import AgentLayers
 from rock.sync import Client, Sandbox
+from tests.agents.layers import layer_or_skip
 from tests.agents.scripted_model import COMPLETION, FINAL, KEY, PROMPT, ScriptedModel
 from tests.conftest import RunningServer, hosting
 
-WANTED = "ROCK_TEST_AGENTS"
 LIGHTEST = "claude-code"
 # The programs of the issue's list, and LangGraph's library; each with the calls that it makes for this task.
 CALLS = {"claude-code": 2, "codex": 2, "qwen-code": 2, "gemini-cli": 2, "opencode": 3, "mini-swe-agent": 1,
@@ -84,17 +82,6 @@ def agent_server(
         yield running
 
 
-def layer_or_skip(name: str, images: Path) -> None:
-    recipe = builtin(name)
-    assert recipe is not None
-    if os.environ.get(WANTED):
-        AgentLayers(images / "agents").ensure(recipe)
-    elif name != LIGHTEST:
-        pytest.skip(f"installs {name}: `make agents`, or {WANTED}=1")
-    elif AgentLayers(images / "agents").find(recipe) is None:
-        pytest.skip(f"the layer of {name} is not in the cache of the tests: `make agents` installs it")
-
-
 def files_of(sandbox: Sandbox) -> str:
     """The files that an agent made, with their contents."""
     return sandbox.exec("cd /work && find . -type f | sort | xargs sha256sum", check=True).stdout
@@ -111,7 +98,7 @@ def run_in(server: RunningServer, agent: Any, *layers: str, **options: Any) -> t
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", CALLS)
 def test_an_agent(agent_server: RunningServer, env_images: Path, model: ScriptedModel, name: str) -> None:
-    layer_or_skip(name, env_images)
+    layer_or_skip(name, env_images, fast=name == LIGHTEST)
     recipe, calls = builtin(name), CALLS[name]
     assert recipe is not None
     model.requests.clear()
@@ -168,6 +155,13 @@ def test_a_scripted_agent(agent_server: RunningServer, model: ScriptedModel) -> 
         replayed, same = run_in(agent_server, SCRIPTED, replay={"run": result.run_id, "by": by})
         assert (replayed.exit_code, replayed.text, same) == (0, FINAL, files)
     assert len(model.requests) == 2
+
+
+def test_swe_agent_needs_a_source(agent_server: RunningServer) -> None:
+    """Its recipe has no packages: an image without the program is an error that says what to do."""
+    result, _ = run_in(agent_server, "swe-agent", upstream="openai-chat")
+    assert result.exit_code == 127 and result.run.counts.calls == 0
+    assert "the image has no program sweagent" in result.stderr and "docs/guides/agents.md" in result.stderr
 
 
 def test_a_budget_ends_the_agent(agent_server: RunningServer) -> None:

@@ -15,6 +15,8 @@ import pytest
 from tests.cluster.machines import KEY, TOKEN, Machine, server
 from tests.cluster.test_workers_join import LONG, ask
 from tests.conftest import IMAGE, RunningServer
+from tests.gateway.conftest import FakeUpstream, chat, chat_body
+from tests.gateway.conftest import upstream as upstream
 from tests.waiting import until
 
 from rock.errors import RockError, Unavailable, WrongRole
@@ -123,6 +125,36 @@ def test_what_is_handed_on(site: Site) -> None:
             assert made.process is not None
             made.process.terminate()
             assert made.process.wait(30) == 0, made.log()
+
+
+def test_a_reader_hands_model_calls_on(site: Site, upstream: FakeUpstream) -> None:
+    """The endpoint of agents on a reader is that of the writer, also for streams and bad secrets."""
+    reader = site.server("calling-reader", "read", ROCK_WRITER=f"{DEAD},{site.writer.url}")
+    try:
+        with Client(site.writer.url, KEY) as writer:
+            writer.upstreams.put("fake", upstream.url, key="sk-upstream")
+        with Client(reader.url, KEY) as client:
+            run = client.runs.create(upstream="fake", budget={"calls": 2})
+            address = {"base_url": f"{reader.url}/gateway", "api_key": run.api_key}
+            status, body, _ = chat(address, chat_body("a"))
+            assert status == 200 and body["choices"][0]["message"]["content"] == "reply 1"
+            status, text, _ = chat(address, chat_body("a", "reply 1", "b", stream=True))
+            assert status == 200 and text.endswith("data: [DONE]\n\n")
+            status, body, _ = chat(address, chat_body("more"))
+            assert status == 400 and "budget" in body["error"]["message"]
+            assert chat({**address, "api_key": KEY}, chat_body("a"))[0] == 401  # the key of the API is no secret
+            calls = run.calls()
+            assert [(call.state, call.parent) for call in calls] == [("done", None), ("done", 1)]
+            run.end(1.0)
+        with Client(site.writer.url, KEY) as writer:
+            assert writer.runs.get(run.id).info.reward == 1.0
+            writer.upstreams.delete("fake")
+        assert not (site.folder / "calling-reader" / "gateway").exists()  # the calls are on the writer
+        assert [seen["headers"]["authorization"] for seen in upstream.seen()] == ["Bearer sk-upstream"] * 2
+    finally:
+        assert reader.process is not None
+        reader.process.terminate()
+        assert reader.process.wait(30) == 0, reader.log()
 
 
 def test_what_was_handed_on_to_the_same_role_is_told(site: Site, free_port: Callable[[], int]) -> None:

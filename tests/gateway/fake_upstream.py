@@ -6,6 +6,8 @@ POST /_plan with a list of objects: each following model request takes one. Fiel
     status, headers, body   respond with this error
     delay                   seconds before the response;  pause: seconds between the events of a stream
     malformed, truncate     invalid JSON; a stream or a body that breaks in the middle
+    cut                     number of events at the end of a stream that are left out; the body ends in order
+    no_usage                a chat stream without its usage, as from a server that does not know stream_options
     tokens                  token ids and log probabilities, as vLLM sends them
     text                    content of the response;  tool: a tool call [name, arguments] instead
     echo                    the headers of the request in the response
@@ -218,6 +220,9 @@ async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> boo
         return not plan.get("truncate")
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
     events = events_of(text, model, plan)
+    if plan.get("no_usage"):
+        del events[-2]
+    events = events[: len(events) - plan.get("cut", 0)]
     for place, event in enumerate(events):
         if place and plan.get("pause"):
             await asyncio.sleep(plan["pause"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from rock.gateway.call import Delta, Message, ModelRequest, ModelResponse, Reasoning, Text, ToolCall
 from rock.gateway.dialects import DIALECTS, DialectError
 from rock.gateway.sse import SSEError, SSEEvent, SSEParser
-from rock.gateway.tree import Prefixes, message_key
+from rock.gateway.tree import Prefixes, message_key, prefix_keys
 from tests.gateway.bodies import NAMES, request_body, response_body
 
 JSON = st.recursive(
@@ -86,6 +87,51 @@ def test_damaged_requests(name: str, data: st.DataObject) -> None:
     except DialectError:
         return
     used(request)
+
+
+LONE = st.sampled_from(["\ud800", "a\udfffb", '{"x": "\\ud83d"}', '{"x": "\ud83d"}', "\udce4" * 3])
+
+
+def with_lone_surrogates(draw: Callable[..., Any], body: dict[str, Any]) -> dict[str, Any]:
+    """The body with one or more texts that have lone surrogates, or JSON text with the escape of one."""
+    body = copy.deepcopy(body)
+    texts = [path for path in places(body) if isinstance(_at(body, path), str)]
+    for path in draw(st.lists(st.sampled_from(texts), min_size=1, max_size=4)):
+        _at(body, path[:-1])[path[-1]] = draw(LONE)
+    return body
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FUZZ
+@given(data=st.data())
+def test_lone_surrogates(name: str, data: st.DataObject) -> None:
+    """No UnicodeEncodeError and no TypeError for what UTF-8 cannot express, in requests, responses and their keys."""
+    try:
+        request = DIALECTS[name].parse_request(with_lone_surrogates(data.draw, request_body(name)), "m", None)
+        prefix_keys(request)
+        DIALECTS[name].count_tokens(request)
+        for other in NAMES:
+            with contextlib.suppress(DialectError):
+                DIALECTS[other].render_request(request, stream=True, token_fields=True)
+    except DialectError:
+        pass
+    try:
+        response = DIALECTS[name].parse_response(with_lone_surrogates(data.draw, response_body(name)))
+        message_key(response.message)
+        for other in NAMES:
+            given_request = DIALECTS[other].parse_request(request_body(other), "m", True)
+            with contextlib.suppress(DialectError):
+                DIALECTS[other].render_response(response, given_request)
+            with contextlib.suppress(DialectError):
+                DIALECTS[other].stream_renderer(given_request).end(response)
+    except DialectError:
+        pass
 
 
 @pytest.mark.parametrize("name", NAMES)

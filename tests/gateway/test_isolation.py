@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from rock.protocol.keys import CreateKey
 from rock.sync import Client, Sandbox, SandboxConfig
 from tests.conftest import IMAGE, RunningServer
 from tests.gateway.conftest import FakeUpstream, chat, chat_body, http_json, http_raw
+from tests.gateway.test_service import AGENT
 from tests.waiting import until
 
 RAW = """
@@ -148,6 +150,34 @@ def test_ports_of_runs(server: RunningServer) -> None:
             client.runs.create(pull=True, port=4000)
 
 
+PROBE = "import os, urllib.request as u; print(u.urlopen(os.environ['ROCK_RUN_URL']).status)"
+
+
+def test_a_restarted_sandbox_has_its_port_again(server: RunningServer, upstream: FakeUpstream) -> None:
+    """The run continues at the same address after stop and restart. A sandbox whose runs have ended gets no port."""
+    config = SandboxConfig(base_url=server.url, image=IMAGE, network="none", memory="256m", auto_delete_seconds=600)
+    sandbox = Sandbox(config)
+    sandbox.start()
+    with Client(server.url) as client:
+        client.upstreams.put("again", upstream.url)
+        run = sandbox.start_run(upstream="again")
+        try:
+            for calls in (1, 2):
+                done = sandbox.execute(["python3", "-c", AGENT, json.dumps(chat_body(f"turn {calls}"))],
+                                       env=run.environ)
+                assert json.loads(done.stdout)["choices"], done
+                assert run.refresh().counts.done == calls
+                sandbox.stop()
+                sandbox.restart()
+            run.delete(force=True)
+            sandbox.stop()
+            sandbox.restart()
+            assert "refused" in sandbox.execute(["python3", "-c", PROBE], env=run.environ).stderr
+        finally:
+            sandbox.delete()
+            client.upstreams.delete("again")
+
+
 @pytest.mark.parametrize("runtime", ["process", "fake"])
 def test_other_runtimes(server: RunningServer, runtime: str) -> None:
     network = "host" if runtime == "process" else "none"
@@ -159,8 +189,7 @@ def test_other_runtimes(server: RunningServer, runtime: str) -> None:
                 sandbox.start_run(pull=True)
             return
         run = sandbox.start_run(pull=True)
-        code = "import os, urllib.request as u; print(u.urlopen(os.environ['ROCK_RUN_URL']).status)"
-        assert sandbox.execute(["python3", "-c", code], env=run.environ).stdout.strip() == "200"
+        assert sandbox.execute(["python3", "-c", PROBE], env=run.environ).stdout.strip() == "200"
         run.delete(force=True)
 
 

@@ -28,6 +28,9 @@ def test_an_agent_in_a_sandbox_without_a_network(server: RunningServer, upstream
             (call,) = run.calls()
             assert call.state == "done" and call.request == json.loads(body) and call.usage.prompt == 10
             assert call.response == json.loads(done.stdout)
+            look = "cat /proc/[0-9]*/environ; grep -rs sk-upstream /tmp /run /etc /opt/rock /root 2>/dev/null"
+            seen_inside = sandbox.execute(["sh", "-c", look], env=run.environ, max_output_bytes=10_000_000).stdout
+            assert str(run.api_key) in seen_inside and "sk-upstream" not in seen_inside
             run.end(1.0)
         assert run.refresh().reward == 1.0 and run.info.reward_valid
         (seen,) = upstream.seen()

@@ -81,6 +81,41 @@ def test_a_broken_response_is_not_recorded_as_one(client: Client, upstream: Fake
     assert run.calls()[2].retry_of == 2
 
 
+@pytest.mark.parametrize("wanted", [None, False, True], ids=["no option", "false", "true"])
+@pytest.mark.parametrize("agent", ["openai-chat", "anthropic"])
+def test_a_stream_that_is_cut_before_its_usage(
+    client: Client, upstream: FakeUpstream, agent: str, wanted: bool | None
+) -> None:
+    """The finish_reason alone is no complete answer: its tokens would be missing in the budget."""
+    options = {} if wanted is None else {"stream_options": {"include_usage": wanted}}
+    body = chat_body("a", stream=True, **(options if agent == "openai-chat" else {"max_tokens": 9}))
+    path = "/v1/chat/completions" if agent == "openai-chat" else "/v1/messages"
+    run = client.runs.create(upstream="fake", budget={"tokens": 30})
+
+    def ask() -> bytes:
+        given = {"authorization": f"Bearer {run.api_key}"}
+        status, data, _ = http_raw("POST", f"{run.base_url}{path}", json.dumps(body).encode(), given)
+        return data if status == 200 else b""
+
+    upstream.plan({"cut": 2})  # usage and [DONE]
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        ask()
+    (call,) = run.calls()
+    assert call.state == "failed" and call.response is None and "before the usage" in (call.error or "")
+    upstream.plan({"cut": 1}, {"no_usage": True})  # only [DONE], or only the usage, is missing
+    for _ in range(2):
+        data = ask()
+        assert data
+        body["messages"].append({"role": "user", "content": "more"})
+    assert [call.state for call in run.calls()] == ["failed", "done", "done"]
+    assert all(seen["body"]["stream_options"]["include_usage"] is True for seen in upstream.seen())
+    assert run.refresh().counts.prompt_tokens == 10 and run.info.left.tokens == 15
+    assert (b'"usage"' in data) == (agent == "anthropic")
+    data = ask()
+    assert agent != "openai-chat" or (b'"prompt_tokens"' in data) == bool(wanted)
+    assert run.refresh().left.tokens == 0 and not ask()
+
+
 def test_a_slow_upstream(client: Client, upstream: FakeUpstream) -> None:
     run = client.runs.create(upstream="fake")
     client.upstreams.put("fake", upstream.url, retries=0, timeout=0.3)
@@ -148,6 +183,10 @@ def test_cost_and_tokens_end_a_run(client: Client, upstream: FakeUpstream) -> No
     run = client.runs.create(upstream="fake", budget={"tokens": 20, "cost": 1.0}, prices={"*": {"prompt": 1e4}})
     assert [chat(address(run), chat_body(text))[0] for text in "abc"] == [200, 200, 400]
     assert run.refresh().counts.cost == pytest.approx(0.2) and run.info.left.tokens == 0
+    run = client.runs.create(upstream="fake", budget={"cost": 0.15}, prices={"*": {"prompt": 1e4}})
+    answers = [chat(address(run), chat_body(text)) for text in "abc"]
+    assert [status for status, _, _ in answers] == [200, 200, 400] and "cost" in answers[-1][1]["error"]["message"]
+    assert run.refresh().counts.refused == 1 and len(upstream.seen()) == 4
 
 
 def test_the_seconds_of_a_run_end_a_running_call(client: Client, upstream: FakeUpstream) -> None:

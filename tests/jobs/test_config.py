@@ -10,8 +10,9 @@ import pytest
 from rock.errors import InvalidConfig, Unsupported
 from rock.jobs.config import BashJobConfig, HarborJobConfig, JobConfig
 from rock.jobs.plan import Plan, plan_of
-from rock.jobs.tasks import harbor_tasks, local_tasks, selected
+from rock.jobs.tasks import harbor_task, harbor_tasks, local_tasks, selected
 from rock.protocol.jobs import TrialError
+from rock.sdk.harbor import HarborTask
 
 TASKS = Path(__file__).parent.parent / "envs" / "harbor"
 
@@ -176,3 +177,37 @@ def test_names_of_rock() -> None:
     assert bench.AgentConfig(name="oracle").name == "oracle" and bench.HarborJobConfig is HarborJobConfig
     assert config.EnvironmentConfig(image="x").image == "x" and config.ProxyConfig().port == 28080
     assert job.Job(BashJobConfig(script="x"), operator=job.ScatterOperator(3)).plan.attempts == 3
+
+
+@pytest.mark.parametrize(
+    ("toml", "setting"),
+    [("[[steps]]\nname = 'one'\n", "steps"), ("[verifier]\nenvironment_mode = 'separate'\n", "environment_mode"),
+     ("[verifier.environment]\ndocker_image = 'x'\n", "environment_mode"), ("[[verifier.collect]]\nx = 1\n", "collect"),
+     ("[environment]\nnetwork_mode = 'allowlist'\nallowed_hosts = ['a']\n", "environment.network_mode"),
+     ("[environment]\nallowed_hosts = ['a']\n", "environment.network_mode"),
+     ("[agent]\nnetwork_mode = 'public'\n", "agent.network_mode"), ("[verifier]\nuser = 'x'\n", "verifier.user"),
+     ("[verifier]\nallowed_hosts = ['a']\n", "verifier.allowed_hosts"), ("[agent]\nuser = 'x'\n", "agent.user"),
+     ("[environment]\nos = 'windows'\n", "environment.os"), ("[environment]\ngpus = 1\n", "environment.gpus"),
+     ("[[environment.mcp_servers]]\nname = 'x'\n", "environment.mcp_servers")],
+)  # fmt: skip
+def test_tasks_with_settings_that_are_not_provided(tmp_path: Path, toml: str, setting: str) -> None:
+    """Refused by name when the task is loaded, and when a job is created; nothing starts."""
+    folder = tmp_path / "task"
+    (folder / "tests").mkdir(parents=True)
+    (folder / "tests" / "test.sh").write_text("exit 0\n")
+    (folder / "instruction.md").write_text("do")
+    (folder / "task.toml").write_text(toml)
+    for load in (HarborTask.load, harbor_task, local_tasks):
+        with pytest.raises(Unsupported, match=setting.replace(".", r"\.")) as refused:
+            load(folder)
+        assert any(setting in text for text in refused.value.details["settings"])
+    (folder / "task.toml").write_text("[environment]\nnetwork_mode = 'no-network'\nos = 'linux'\ngpus = 0\n"
+                                      "[verifier]\nenvironment_mode = 'shared'\n")  # fmt: skip
+    assert HarborTask.load(folder).name == harbor_task(folder).name == "task"
+
+
+def test_a_task_of_several_steps_has_no_instruction(tmp_path: Path) -> None:
+    (tmp_path / "steps" / "one").mkdir(parents=True)
+    (tmp_path / "task.toml").write_text("version = '1.0'\n")
+    with pytest.raises(Unsupported, match="one step"):
+        HarborTask.load(tmp_path)

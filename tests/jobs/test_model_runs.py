@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from tests.conftest import RunningServer
 
+from rock.agents import builtin
 from rock.jobs.plan import AgentPlan, Plan
 from rock.jobs.tasks import harbor_task
 from rock.protocol.routes import ROUTES
 from rock.sdk.job import Job, use_recipes
-from rock.sdk.job.agents import _builtin
 from rock.sync import Client
 
 pytestmark = pytest.mark.skipif("create_run" not in ROUTES, reason="this server has no model gateway")
@@ -56,7 +56,7 @@ def test_a_trial_has_a_run(server: RunningServer, agent: AgentPlan) -> None:
         plan = Plan(name="model", environment={"memory": "256m"}, agents=[agent], model=replay)
         done = asyncio.run(Job(plan, tasks=[harbor_task(GREET)], base_url=server.url).run())
     finally:
-        use_recipes(_builtin)
+        use_recipes(builtin)
     (trial,) = done.trial_results
     assert trial.score == 1.0, trial
     assert trial.agent_result is not None

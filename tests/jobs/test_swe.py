@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.agents.layers import layer_or_skip
 from tests.conftest import IMAGE, RunningServer
 
 from rock import errors
@@ -211,9 +212,29 @@ def test_a_patch_that_does_not_apply_is_a_zero(server: RunningServer, data: Path
     assert done.score is None and "test patch" in trial.error.message  # the data set is wrong, not the agent
 
 
-def test_the_example(server: RunningServer) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", str(EXAMPLE / "evaluate.py")], capture_output=True, text=True,
-                          timeout=180, env={**os.environ, "ROCK_BASE_URL": server.url})  # fmt: skip
+def example(server: RunningServer, *options: str) -> str:
+    """The output of the example."""
+    done = subprocess.run([sys.executable, "-W", "error", str(EXAMPLE / "evaluate.py"), *options], capture_output=True,
+                          text=True, timeout=400, env={**os.environ, "ROCK_BASE_URL": server.url})  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example(server: RunningServer) -> None:
+    found = example(server, "--agent", "none")
     for line in ("oracle: 3 of 3 resolved", "nop: 0 of 3 resolved", "bash: 1 of 3 resolved"):
-        assert line in done.stdout
+        assert line in found
+
+
+@pytest.mark.timeout(500)
+def test_the_example_with_mini_swe_agent(env_server: RunningServer, env_images: Path) -> None:
+    """The real agent in sandboxes without a network, with the scripted model of the example behind the gateway."""
+    layer_or_skip("mini-swe-agent", env_images, fast=True)
+    found = example(env_server)
+    assert "mini-swe-agent: 2 of 3 resolved" in found and "oracle: 3 of 3 resolved" in found, found
+    assert "the scripted model answered 12 calls" in found  # of four commands for each instance
+    assert "mini-swe-agent: 2400 input tokens, 240 output tokens" in found
+    with Client(env_server.url) as client:
+        assert not [one for one in client.upstreams.list() if one.name == "scripted-model"]
+        runs = client.runs.list()
+    assert sorted(run.reward for run in runs if run.source == "upstream") == [0.0, 1.0, 1.0]

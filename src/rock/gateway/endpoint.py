@@ -128,6 +128,7 @@ class Endpoint:
             if not isinstance(body, dict):
                 raise DialectError("the body is not a JSON object")
             parsed = dialect.parse_request(body, model, stream)
+            tokens = dialect.count_tokens(parsed) if kind == "count" else 0
         except orjson.JSONDecodeError as error:
             await _refuse(dialect, send, "bad_request", f"the body is not JSON: {error}")
             return
@@ -139,9 +140,10 @@ class Endpoint:
             await _refuse(dialect, send, "ended", f"run {run.id} has ended")
             return
         if kind == "count":
-            await Answer(_count(dialect.name, dialect.count_tokens(parsed))).send(send)
+            await Answer(_count(dialect.name, tokens)).send(send)
             return
-        hash_ = blake2b(raw + b"\0" + (model or "").encode() + (b"s" if parsed.stream else b""), digest_size=16)
+        named = (model or "").encode("utf-8", "surrogatepass")
+        hash_ = blake2b(raw + b"\0" + named + (b"s" if parsed.stream else b""), digest_size=16)
         try:
             live, call = self._joined(run, request, hash_.hexdigest()) or self._begun(
                 run, parsed, body, raw, hash_.hexdigest(), request

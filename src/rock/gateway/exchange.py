@@ -22,6 +22,7 @@ from rock import faults
 from rock.errors import RockError
 from rock.gateway.call import ModelRequest, ModelResponse
 from rock.gateway.dialects import DIALECTS, Dialect, DialectError, ErrorKind, StreamRenderer, Truncated
+from rock.gateway.dialects.chat_stream import ChatParser
 from rock.gateway.live import SSE_TYPE, Live
 from rock.gateway.runs import Call, Run
 from rock.gateway.sse import SSEError, SSEEvent, SSEParser
@@ -257,6 +258,8 @@ async def _relay(exchange: Exchange, upstream: Upstream, response: Response, sam
                 for part in parts:
                     live.send(part)
     whole = _versioned(exchange, upstream, parser.finish())
+    if isinstance(parser, ChatParser) and not parser.ended:  # each stream of this dialect requests the usage
+        raise Truncated("the stream ended before the usage")
     if not await exchange.record(whole, exchange.dialect.render_response(whole, exchange.request)):
         return
     for part in held:

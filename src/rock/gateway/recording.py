@@ -4,8 +4,8 @@
     folder/runs/ID/calls      magic, then records: length (4 bytes), CRC-32 (4 bytes), JSON
 
 A record is written with one system call, before its effect is visible outside. A crash (kill -9) can leave one torn
-record at the end, which the next start moves to calls.torn-N. Records survive a crash of the server, but not of the
-machine.
+record at the end, which the next start moves to calls.torn-N. Records survive a crash of the server. durability.py
+syncs them, so that they also survive a crash of the machine.
 
 A request of an agent repeats all earlier messages and the definitions of its tools. `Deltas` stores a body relative to
 an earlier one: for each field whether it is equal, or how many leading elements of a list are.
@@ -25,7 +25,7 @@ from typing import Any
 
 import orjson
 
-from rock.errors import StorageFull, Unavailable
+from rock.errors import InvalidConfig, StorageFull, Unavailable
 from rock.host.atomic_file import FULL
 
 log = logging.getLogger("rock.gateway")
@@ -69,10 +69,13 @@ class CallLog:
             raise
 
     def append(self, record: Mapping[str, Any]) -> int:
-        """Write a record; returns its offset. StorageFull, Unavailable: nothing was written."""
+        """Write a record; returns its offset. StorageFull, Unavailable, InvalidConfig: nothing was written."""
         if self._fd < 0:
             raise Unavailable("the recording of the run is closed", hint="retry once the server has restarted")
-        payload = orjson.dumps(record)
+        try:
+            payload = orjson.dumps(record)
+        except TypeError as error:
+            raise InvalidConfig(f"a call has no JSON form: {error}", hint="send valid Unicode text") from None
         data = _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
         offset, written = self.size, 0
         try:
@@ -139,6 +142,19 @@ def _records(fd: int, size: int) -> Iterator[tuple[int, dict[str, Any], int]]:
         start += end
 
 
+def damage(path: Path) -> str | None:
+    """What is damaged in a log, which is not changed; None: it is intact. OSError."""
+    with path.open("rb") as file:
+        size, end, count = os.fstat(file.fileno()).st_size, len(_MAGIC), 0
+        if not size:
+            return None
+        for _, _, behind in _records(file.fileno(), size):
+            end, count = behind, count + 1
+    if end >= size:
+        return None
+    return f"{size - end} of {size} bytes, after {count} records, are no complete record"
+
+
 def _set_aside(path: Path, fd: int, end: int, size: int) -> None:
     """Move the invalid end of a log to a file of its own, and truncate the log."""
     number = 1
@@ -162,7 +178,11 @@ Fingerprint = dict[str, bytes | tuple[bytes, ...]]
 
 def digest(value: object) -> bytes:
     """A short hash of a JSON value; equal values of equal key order have the same."""
-    return blake2b(orjson.dumps(value), digest_size=_DIGEST).digest()
+    try:
+        data = orjson.dumps(value)
+    except TypeError as error:
+        raise InvalidConfig(f"a call has no JSON form: {error}", hint="send valid Unicode text") from None
+    return blake2b(data, digest_size=_DIGEST).digest()
 
 
 def _fingerprint(body: Mapping[str, Any]) -> Fingerprint:

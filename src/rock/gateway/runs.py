@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from asyncio import Event, Semaphore, Task
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -109,6 +109,7 @@ class Run:
         self.closing = False  # the server stops: long polls return
         self.large = Semaphore(_LARGE_AT_ONCE)  # for the bodies of large requests
         self.calls: list[Call] = []
+        self.changed_file: Callable[[Path], None] = lambda path: None  # called after each record
         self.changed = Event()  # set and replaced whenever a call or the state changes
         self._log: CallLog | None = None
         self._prefixes = Prefixes()
@@ -136,6 +137,10 @@ class Run:
 
     def save(self) -> None:
         """Write run.json. OSError."""
+        atomic_file.replace(self.folder / RUN_FILE, self.text())
+
+    def text(self) -> str:
+        """The content of run.json."""
         state = {
             "id": self.id, "tenant": self.tenant, "spec": self.spec.model_dump(mode="json"), "base_url": self.base_url,
             "created_at": self.created_at, "state": self.state, "counts": self.counts.model_dump(), "tags": self.tags,
@@ -143,7 +148,7 @@ class Run:
             "reward_valid": self.reward_valid, "reason": self.reason, "ended_at": self.ended_at,
             "last_call_at": self.last_call_at, "incomplete": self.incomplete, "idempotency": self.idempotency,
         }  # fmt: skip
-        atomic_file.replace(self.folder / RUN_FILE, atomic_file.summed(json.dumps(state)))
+        return atomic_file.summed(json.dumps(state))
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -173,6 +178,10 @@ class Run:
         for call in self.calls:
             setattr(counts, call.state, getattr(counts, call.state) + 1)
         counts.calls = len(self.calls)
+        if self.state == "ended":  # the server ended between the state and the calls
+            for call in self.calls:
+                if call.pending:
+                    call.state, call.error, call.error_kind = "cancelled", "the run was ended during this call", "ended"
         if self.state == "active":
             self.counts = counts
             cache: dict[int, dict[str, Any]] = {}
@@ -241,6 +250,11 @@ class Run:
         assert self._log is not None
         return self._log
 
+    def _append(self, record: dict[str, Any]) -> int:
+        offset = self._file.append(record)
+        self.changed_file(self.folder / CALLS_FILE)
+        return offset
+
     def _begin(self, number: int) -> dict[str, Any]:
         return self._file.read(self.call(number).begin_at)
 
@@ -280,30 +294,33 @@ class Run:
             raise Conflict(f"run {self.id} has ended", hint="an ended run is not changed")
         tags = {**self.tags, **(spec.tags or {})}
         version = self.weight_version if spec.weight_version is None else spec.weight_version
-        self._file.append({"k": "update", "tags": tags, "w": version})
+        self._append({"k": "update", "tags": tags, "w": version})
         self.tags, self.weight_version = tags, version
         self.notify()
 
-    def end(self, spec: EndRun) -> None:
-        """Freeze the run. The same end again has no effect; another one is a Conflict. OSError: it is still active."""
+    def freeze(self, spec: EndRun) -> bool:
+        """End the run in memory. False: it had this end before. Conflict: it had another one."""
         if self.state == "ended":
             same = (spec.reward, spec.rewards) == (self.reward, self.rewards) and spec.valid == (self.reward_valid
                                                                                                   is not False)
             if same or (spec.reward is None and not spec.rewards and spec.valid):
-                return
+                return False
             raise Conflict(f"run {self.id} has ended already, with another reward", hint="an ended run is frozen")
         self.reward, self.rewards, self.reason = spec.reward, dict(spec.rewards), spec.reason
         self.reward_valid = False if not spec.valid else True if spec.reward is not None or spec.rewards else None
         self.ended_at, self.state = time.time(), "ended"
-        try:
-            self.save()
-        except OSError:
-            self.state, self.ended_at = "active", None
-            raise
+        return True
+
+    def thaw(self) -> None:
+        """The end could not be recorded: the run is active, as before."""
+        self.reward, self.rewards, self.reward_valid, self.reason = None, {}, None, None
+        self.ended_at, self.state = None, "active"
+
+    def cancel_calls(self) -> None:
+        """Record the end of the calls that were pending when the run ended."""
         for call in self.calls:
             if call.pending:
                 self.fail(call, "ended", "the run was ended during this call", state="cancelled")
-        self.save()
         self.notify()
 
     # ---- calls ----
@@ -327,7 +344,7 @@ class Run:
                     state=state, idempotency=idempotency, upstream_model=upstream_model, retry_of=retry_of,
                     weight_version=self.weight_version)  # fmt: skip
         try:
-            call.begin_at = self._file.append({
+            call.begin_at = self._append({
                 "k": "begin", "n": number, "d": call.dialect, "m": call.model, "s": call.stream, "h": hash,
                 "t": call.started, "p": parent, "i": idempotency, "um": upstream_model, "ro": retry_of,
                 "w": call.weight_version, "st": state, "rq": self._requests.pack(number, body, parent),
@@ -380,7 +397,7 @@ class Run:
             "u": call.usage.model_dump(), "c": call.cost, "a": call.attempts, "w": call.weight_version, **more,
         }  # fmt: skip
         try:
-            call.end_at = self._file.append(record)
+            call.end_at = self._append(record)
         except BaseException:
             self._tokens.forget()
             raise
@@ -403,13 +420,13 @@ class Run:
         """A request joined the call."""
         call.retries += 1
         self.counts.retried += 1
-        self._file.append({"k": "retry", "n": call.number})
+        self._append({"k": "retry", "n": call.number})
 
     def delivered(self, call: Call) -> None:
         """A client received the complete response."""
         if not call.delivered and self._log is not None:
             call.delivered = True
-            self._file.append({"k": "delivered", "n": call.number})
+            self._append({"k": "delivered", "n": call.number})
 
     # ---- reading ----
 

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from rock.errors import Conflict, InvalidConfig, NotFound, QuotaExceeded, RockError, StorageFull, Unavailable
+from rock.gateway.durability import Syncer, sync
 from rock.gateway.exchange import Exchange, from_upstream
 from rock.gateway.pull import wait_for_answer
 from rock.gateway.replay import Recorded, from_recording
-from rock.gateway.runs import Call, Run, request_of
+from rock.gateway.runs import CALLS_FILE, RUN_FILE, Call, Run, request_of
 from rock.gateway.upstreams import Upstreams
 from rock.host import atomic_file
 from rock.http.client import Headers
@@ -43,6 +44,8 @@ _SECRET = re.compile(r"sk-rock-([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{43})")
 _SWEEP_EVERY = 600.0
 _ORPHAN_SECONDS = 10.0
 _PORT_SECONDS = 20.0  # for which the port of a sandbox stays open after its last run
+_REOPEN_WITHIN = 10.0  # seconds for the port of a restarted sandbox
+_REOPEN_AT_ONCE = 8
 _OPEN_ENDED = 32  # ended runs whose index is in memory
 
 
@@ -50,7 +53,7 @@ _OPEN_ENDED = 32  # ended runs whose index is in memory
 class Limits:
     """runs: of one tenant, ended ones included. calls: of one run. concurrent: calls of one run at a time. body: bytes
     of a request. retain: seconds for which an ended run is kept. orphan: seconds for which a call without a client
-    goes on."""
+    goes on. sync: seconds within which records are synced."""
 
     runs: int = 10_000
     calls: int = 100_000
@@ -58,6 +61,7 @@ class Limits:
     body: int = 32 << 20
     retain: float = 7 * 86_400.0
     orphan: float = _ORPHAN_SECONDS
+    sync: float = 0.5
 
 
 OpenPort = Callable[[str, int | None], Awaitable[int]]
@@ -72,7 +76,8 @@ class Gateway:
         self.limits = limits
         self._open_port = open_port
         self._close_port = close_port
-        self.upstreams = Upstreams(folder / "upstreams.json")
+        self._syncer = Syncer(limits.sync, self._not_synced)
+        self.upstreams = Upstreams(folder / "upstreams.json", self._syncer.changed)
         self.runs: dict[str, Run] = {}
         self._created: dict[tuple[str, str], str] = {}  # runs by tenant and idempotency key
         self._creating: dict[tuple[str, str], asyncio.Future[Run]] = {}
@@ -80,6 +85,7 @@ class Gateway:
         self._exchanges: dict[tuple[str, int], Exchange] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._read: dict[str, None] = {}  # ended runs with an index in memory, the least recent first
+        self._freezing: dict[str, asyncio.Task[None]] = {}  # by run
         self._tasks: set[asyncio.Task[Any]] = set()
         self._master = b""
         self.closing = False
@@ -100,7 +106,8 @@ class Gateway:
         for run in self.runs.values():
             if run.state == "active":
                 self._resume(run)
-        self._spawn(self._sweep())
+        for work in (self._sweep(), self._reopen_ports(), self._syncer.run()):
+            self._spawn(work)
 
     def _load(self) -> None:
         for name in sorted(os.listdir(self._folder / "runs")):
@@ -113,6 +120,7 @@ class Gateway:
             except Exception as error:
                 log.error("run %s is not readable, and is left as it is: %s", name, error)
                 continue
+            run.changed_file = self._syncer.changed
             self.runs[run.id] = run
             if run.idempotency:
                 self._created[run.tenant, run.idempotency] = run.id
@@ -152,6 +160,7 @@ class Gateway:
                 with contextlib.suppress(OSError):
                     run.save()
             run.release()
+        await self._syncer.close()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -220,6 +229,8 @@ class Gateway:
             kind = StorageFull if error.errno in atomic_file.FULL else Unavailable
             raise kind(f"the run could not be recorded: {os.strerror(error.errno or 0)}",
                        hint="check the disk of the server") from None
+        run.changed_file = self._syncer.changed
+        self._syncer.changed(run.folder / CALLS_FILE, run.folder / RUN_FILE, run.folder, run.folder.parent)
         self.runs[run_id] = run
         if key:
             self._created[owner, key] = run_id
@@ -306,16 +317,43 @@ class Gateway:
         return run.info
 
     async def end(self, run: Run, spec: EndRun) -> RunInfo:
-        """Freeze a run: cancel its calls, and close its port if no other run uses it. Conflict."""
-        active = run.state == "active"
-        try:
-            run.end(spec)
-        except OSError as error:
-            raise StorageFull(f"the end of the run could not be recorded: {os.strerror(error.errno or 0)}",
-                              hint="check the disk of the server, then try again") from None
-        if active:
-            await self._ended(run)
+        """Freeze a run: cancel its calls, and close its port if no other run uses it. The recording is on the disk on
+        return. Conflict, StorageFull."""
+        while (freezing := self._freezing.get(run.id)) is not None:
+            await asyncio.wait({freezing})
+        if run.freeze(spec):
+            task = self._freezing[run.id] = self._spawn(self._freeze(run))
+            task.add_done_callback(lambda _: self._freezing.pop(run.id, None))
+            await asyncio.shield(task)
         return run.info
+
+    async def _freeze(self, run: Run) -> None:
+        """Record the end of a frozen run. StorageFull: it is active again."""
+        text, path = run.text(), run.folder / RUN_FILE
+        try:
+            await self._syncer.do(lambda: atomic_file.replace(path, text, durable=True))
+        except OSError as error:
+            run.thaw()
+            raise _not_ended(error) from None
+        run.cancel_calls()
+        await self._ended(run)
+        text = run.text()  # with the calls that were cancelled
+
+        def rest() -> None:
+            sync(run.folder / CALLS_FILE)
+            atomic_file.replace(path, text, durable=True)
+
+        try:
+            await self._syncer.do(rest)
+        except OSError as error:
+            run.incomplete = True
+            raise _not_ended(error) from None
+
+    def _not_synced(self, path: Path) -> None:
+        """The disk may not have the records of a run."""
+        run = self.runs.get(path.parent.name)
+        if run is not None:
+            run.incomplete = True
 
     async def _ended(self, run: Run) -> None:
         tasks = []
@@ -348,6 +386,29 @@ class Gateway:
         if not any(run.state == "active" and run.spec.sandbox == sandbox for run in self.runs.values()):
             with contextlib.suppress(RockError):  # the sandbox may have ended
                 await self._close_port(sandbox)
+
+    async def reopen_port(self, sandbox: str) -> None:
+        """Open the port of a sandbox that runs again, with the number that its active runs have. Raises nothing."""
+        runs = (run for run in self.runs.values() if run.state == "active" and run.spec.sandbox == sandbox)
+        run = max(runs, key=lambda run: run.created_at, default=None)
+        if run is None:
+            return
+        try:
+            async with asyncio.timeout(_REOPEN_WITHIN):
+                await self._open_port(sandbox, int(run.base_url.rpartition(":")[2]))
+        except (RockError, TimeoutError) as error:
+            log.warning("the gateway port of sandbox %s is not open: %s", sandbox, error)
+
+    async def _reopen_ports(self) -> None:
+        """Open the ports of all active runs: this process may have ended between a restart and its port."""
+        slots = asyncio.Semaphore(_REOPEN_AT_ONCE)
+
+        async def reopen(sandbox: str) -> None:
+            async with slots:
+                await self.reopen_port(sandbox)
+
+        found = {run.spec.sandbox for run in self.runs.values() if run.state == "active"}
+        await asyncio.gather(*(reopen(sandbox) for sandbox in found if sandbox is not None))
 
     async def delete(self, run: Run, force: bool) -> RunInfo:
         """Delete a run and its calls. Conflict for an active one without `force`."""
@@ -463,12 +524,17 @@ class Gateway:
         asyncio.get_running_loop().call_later(self.limits.orphan, give_up)
 
 
+def _not_ended(error: OSError) -> StorageFull:
+    return StorageFull(f"the end of the run could not be recorded: {os.strerror(error.errno or 0)}",
+                       hint="check the disk of the server, then try again")  # fmt: skip
+
+
 def _secret_of(file: Path) -> bytes:
     """The gateway's own secret; created when it is missing."""
     try:
         found = file.read_bytes()
     except FileNotFoundError:
-        atomic_file.replace(file, secrets.token_hex(32))
+        atomic_file.replace(file, secrets.token_hex(32), durable=True)
         found = file.read_bytes()
     if len(found) < 32:
         raise ValueError(f"{file.name} is damaged")

@@ -21,7 +21,7 @@ class SSEEvent:
 
     def render(self) -> bytes:
         head = f"event: {self.event}\n" if self.event else ""
-        return (head + "".join(f"data: {line}\n" for line in self.data.split("\n")) + "\n").encode()
+        return (head + "".join(f"data: {line}\n" for line in self.data.split("\n")) + "\n").encode("utf-8", "replace")
 
 
 class SSEParser:

@@ -24,10 +24,27 @@ _DIGEST = 16  # bytes
 
 def message_key(message: Message) -> bytes:
     """A hash of a message, equal for a response and its repetition in a later request."""
-    values = [value for part in message.parts if (value := _value(part)) is not None]
+    return blake2b(_form(message), digest_size=_DIGEST).digest()
+
+
+def _form(message: Message) -> bytes:
+    """The bytes by which messages are compared."""
+    parts = message.parts
+    if len(parts) == 1 and type(parts[0]) is Text:  # the most common message
+        text = parts[0].text.strip()
+        return canonical([message.role, [text] if text else []])
+    values = [value for part in parts if (value := _value(part)) is not None]
     if message.role == "assistant":
         values = _joined(values)
-    return blake2b(orjson.dumps([message.role, values], option=orjson.OPT_SORT_KEYS), digest_size=_DIGEST).digest()
+    return canonical([message.role, values])
+
+
+def canonical(value: object) -> bytes:
+    """JSON with sorted keys; another unique form of a value that JSON cannot express, such as a lone surrogate."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        return repr(value).encode("utf-8", "backslashreplace")
 
 
 def _value(part: Part) -> object:
@@ -64,16 +81,12 @@ def _joined(values: list[object]) -> list[object]:
 
 def prefix_keys(request: ModelRequest) -> list[bytes]:
     """Hashes of the prefixes of a request: entry i has the system prompt and the first i messages."""
-    at = blake2b((request.system or "").strip().encode("utf-8", "replace"), digest_size=_DIGEST).digest()
+    at = blake2b((request.system or "").strip().encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()
     keys = [at]
     for message in request.messages:
-        at = _next(at, message_key(message))
+        at = blake2b(at + _form(message), digest_size=_DIGEST).digest()
         keys.append(at)
     return keys
-
-
-def _next(key: bytes, message: bytes) -> bytes:
-    return blake2b(key + message, digest_size=_DIGEST).digest()
 
 
 class Prefixes:
@@ -100,7 +113,7 @@ class Prefixes:
         """The response of a call, by which later calls recognize it among calls with the same messages."""
         end = self._ends.pop(number, None)
         if end is not None:
-            self._answered[_next(end, message_key(response.message))] = number
+            self._answered[blake2b(end + _form(response.message), digest_size=_DIGEST).digest()] = number
 
 
 def branches(parents: dict[int, int | None]) -> list[list[int]]:

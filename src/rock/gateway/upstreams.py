@@ -17,7 +17,7 @@ import logging
 import random
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,8 +195,9 @@ def _seconds(text: str | None) -> float:
 class Upstreams:
     """The table of upstreams, in a file."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, changed: Callable[..., None]) -> None:
         self._file = file
+        self._changed = changed
         self._table: dict[tuple[str, str], Upstream] = {}
 
     def load(self) -> None:
@@ -214,6 +215,7 @@ class Upstreams:
         rows = [{"name": u.name, "tenant": u.tenant, "created_at": u.created_at, "public_only": u.public_only,
                  "spec": _with_secrets(u.spec)} for u in table.values()]  # fmt: skip
         atomic_file.replace(self._file, atomic_file.summed(json.dumps({"upstreams": rows})))
+        self._changed(self._file, self._file.parent)
 
     def put(self, tenant: str, name: str, spec: UpstreamSpec, *, public_only: bool) -> UpstreamInfo:
         """Define or replace an upstream. InvalidConfig."""

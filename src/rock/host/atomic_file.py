@@ -1,6 +1,6 @@
 """Atomic replacement of small files, and the errors of a full or failing disk. A crash leaves the old or the new file.
 
-Replacements are not synced, because sandboxes end with the machine too.
+Most replacements are not synced, because sandboxes end with the machine too.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _object(text: str) -> dict[str, Any]:
     return found
 
 
-def replace(path: str | os.PathLike[str], text: str) -> None:
-    """Replace a file atomically, by a rename of `.new-NAME`; mode 0600."""
+def replace(path: str | os.PathLike[str], text: str, *, durable: bool = False) -> None:
+    """Replace a file atomically, by a rename of `.new-NAME`; mode 0600. durable: it is on the disk on return."""
     folder, name = os.path.split(os.fspath(path))
     beside = f"{folder}/.new-{name}"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -59,13 +59,25 @@ def replace(path: str | os.PathLike[str], text: str) -> None:
             data = memoryview(text.encode("utf-8", "surrogateescape"))
             while data:
                 data = data[os.write(fd, data):]
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.rename(beside, os.path.join(folder, name))
+        if durable:
+            _sync_folder(folder)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 # ---- disk errors ----

@@ -13,6 +13,7 @@ from typing import Any
 from rock.errors import InvalidConfig, NotFound
 from rock.jobs import swebench
 from rock.jobs.config import DatasetConfig, HarborJobConfig
+from rock.jobs.harbor_file import read_task_file
 from rock.protocol.jobs import JobTask
 
 TRAINING_SETS = ("humaneval", "bfcl", "appworld", "webshop", "textworld", "reasoning-gym")  # docs/guides/training.md
@@ -51,8 +52,10 @@ def harbor_folders(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def harbor_task(folder: Path, source: str | None = None) -> JobTask:
+    """The task of a folder. InvalidConfig; Unsupported for settings that ROCK does not provide."""
     if not (folder / "task.toml").is_file():
         raise InvalidConfig(f"{folder} is not a task of Harbor", hint="a task is a folder with a task.toml")
+    read_task_file(folder)
     place = folder.absolute()
     return JobTask(name=folder.name, spec={"kind": "harbor", "folder": str(place), "digest": folder_digest(place),
                                            "source": source})  # fmt: skip

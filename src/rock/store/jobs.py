@@ -7,12 +7,13 @@ claims, results and cancellations of a job are sequential.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -44,6 +45,9 @@ MOST_JOBS = 10_000  # of one tenant
 PAGE = 1000  # trials of one response
 _JOB = "id, tenant, name, created_at, started_at, finished_at, cancelled, tasks, attempts, labels"
 _TRIAL = "number, task, name, attempt, state, tries, token, holder, until, not_before, info"
+AT_ONCE = 500  # trials of one transaction of SQLite, for which other requests wait
+_CREATING = "creating job "  # rows of `about`: the time at which the creation of a large job began
+_ABANDONED = 600.0  # seconds after which another server's creation has ended
 _LOCK = 0x524F434A  # advisory lock of new jobs, in PostgreSQL
 
 
@@ -92,7 +96,10 @@ class Jobs(Protocol):
 # ---- operations ----
 
 
-def _create(now: float, spec: CreateJob, tenant: str, key: str | None, lock: bool) -> Steps[JobInfo]:
+def _create(
+    now: float, spec: CreateJob, tenant: str, key: str | None, lock: bool, written: tuple[str, str] | None = None
+) -> Steps[JobInfo]:
+    """written: id and JSON of a job whose trials were written before."""
     digest = None if key is None else hashlib.sha256(key.encode()).hexdigest()
     if lock:
         yield f"SELECT pg_advisory_xact_lock({_LOCK}, hashtext($1))", (tenant,)
@@ -103,18 +110,41 @@ def _create(now: float, spec: CreateJob, tenant: str, key: str | None, lock: boo
     count = yield "SELECT count(*) FROM job WHERE tenant = $1", (tenant,)
     if count[0][0] >= MOST_JOBS:
         raise QuotaExceeded(f"there are {MOST_JOBS} jobs: a tenant has at most so many", hint="delete some")
-    job_id = secrets.token_hex(8)
-    tasks = [task.model_dump(mode="json") for task in spec.tasks]
+    job_id, text = written or (secrets.token_hex(8), _text_of(spec))
     yield (
         f"INSERT INTO job ({_JOB}, idempotency_key, spec) "
         "VALUES ($1, $2, $3, $4, NULL, NULL, 0, $5, $6, $7, $8, $9)",
-        (job_id, tenant, spec.name, now, len(tasks), spec.attempts, json.dumps(spec.labels), digest,
-         json.dumps({"config": spec.config, "tasks": tasks})),
-    )  # fmt: skip
-    trials = itertools.product(range(1, spec.attempts + 1), enumerate(spec.tasks))
-    yield _ADD, Many((job_id, number, index, task.name, attempt)
-                     for number, (attempt, (index, task)) in enumerate(trials, 1))  # fmt: skip
+        (job_id, tenant, spec.name, now, len(spec.tasks), spec.attempts, json.dumps(spec.labels), digest, text),
+    )
+    if written is None:
+        yield _ADD, Many(_trial_rows(job_id, spec))
+    else:
+        yield "DELETE FROM about WHERE name = $1", (_CREATING + job_id,)
     return (yield from _info(job_id, tenant))
+
+
+def _text_of(spec: CreateJob) -> str:
+    """The JSON of a job's configuration and tasks."""
+    tasks = [{"name": task.name, "spec": task.spec} for task in spec.tasks]
+    return json.dumps({"config": spec.config, "tasks": tasks})
+
+
+def _trial_rows(job_id: str, spec: CreateJob) -> Iterator[tuple[str, int, int, str, int]]:
+    trials = itertools.product(range(1, spec.attempts + 1), enumerate(spec.tasks))
+    return ((job_id, number, index, task.name, attempt) for number, (attempt, (index, task)) in enumerate(trials, 1))
+
+
+def _known(tenant: str, key: str | None) -> Steps[JobInfo | None]:
+    """The job that the tenant created with this key."""
+    if key is None:
+        return None
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    rows = yield "SELECT id FROM job WHERE tenant = $1 AND idempotency_key = $2", (tenant, digest)
+    return (yield from _info(rows[0][0], tenant)) if rows else None
+
+
+def _once(text: str, values: Sequence[Any]) -> Steps[list[Row]]:
+    return (yield text, values)
 
 
 def _load(job_id: str, tenant: str | None, lock: bool = False) -> Steps[Row]:
@@ -324,6 +354,15 @@ def error_of(trial: TrialInfo) -> TrialError | None:
 # ---- databases ----
 
 
+def remove_incomplete(db: sqlite3.Connection, shared: bool) -> None:
+    """Remove the trials of jobs whose creation was interrupted by a crash. shared: other servers may be at work."""
+    now = db.execute("SELECT (julianday('now') - 2440587.5) * 86400.0").fetchone()[0]
+    for name, began in db.execute("SELECT name, value FROM about WHERE name LIKE ?", (f"{_CREATING}%",)).fetchall():
+        if not shared or float(began) < now - _ABANDONED:
+            db.execute("DELETE FROM trial WHERE job = ?", (name.removeprefix(_CREATING),))
+            db.execute("DELETE FROM about WHERE name = ?", (name,))
+
+
 class _Operations:
     """`Jobs` over a function that runs an operation in a transaction. advisory: whether the database has advisory
     locks, which it needs for counts."""
@@ -371,6 +410,41 @@ class SqliteJobs(_Operations):
 
     def __init__(self, do: Callable[[Callable[[sqlite3.Connection], Any]], Any]) -> None:
         self._do = do
+
+    async def create(self, spec: CreateJob, tenant: str, key: str | None = None) -> JobInfo:
+        """The trials of a large job are written in several short transactions, and its row in the last one: without
+        the row there is no job. The start of the next process removes the trials of an incomplete creation."""
+        count = len(spec.tasks) * spec.attempts
+        if count <= AT_ONCE:
+            return await super().create(spec, tenant, key)
+        await faults.point("store.job.create")
+        known = await self._run(lambda now: _known(tenant, key))
+        if known is not None:
+            return known
+        job_id, text = secrets.token_hex(8), await asyncio.to_thread(_text_of, spec)
+        rows = _trial_rows(job_id, spec)
+        created = False
+        await self._run(lambda now: _once("INSERT INTO about (name, value) VALUES ($1, $2)",
+                                          (_CREATING + job_id, str(now))))  # fmt: skip
+        try:
+            while part := Many(itertools.islice(rows, AT_ONCE)):
+                await self._run(lambda now, part=part: _once(_ADD, part))  # type: ignore[misc]
+                await faults.point("store.job.creating")
+                await asyncio.sleep(0)  # lets waiting requests run first
+            made = await self._run(lambda now: _create(now, spec, tenant, key, False, (job_id, text)))
+            created = made.job_id == job_id  # not when another request created it meanwhile
+            return made
+        finally:
+            if not created:
+                await self._forget(job_id, count)
+
+    async def _forget(self, job_id: str, count: int) -> None:
+        """Remove the trials of a job that was not created."""
+        for number in range(0, count, AT_ONCE):
+            await self._run(lambda now, last=number + AT_ONCE: _once(  # type: ignore[misc]
+                "DELETE FROM trial WHERE job = $1 AND number <= $2", (job_id, last)))  # fmt: skip
+            await asyncio.sleep(0)
+        await self._run(lambda now: _once("DELETE FROM about WHERE name = $1", (_CREATING + job_id,)))
 
     async def _run(self, operation: Callable[[float], Steps[T]]) -> T:
         def work(db: sqlite3.Connection) -> T:

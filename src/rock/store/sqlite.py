@@ -90,6 +90,8 @@ class SqliteStore:
         db.execute("PRAGMA wal_autocheckpoint=0")  # see _checkpoint
         try:
             self._migrate(db)
+            with _transaction(db, "IMMEDIATE"):
+                jobs.remove_incomplete(db, self.shared)
         except BaseException:
             db.close()
             raise

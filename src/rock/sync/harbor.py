@@ -16,7 +16,6 @@ import hashlib
 import math
 import os
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from typing import Any, Self
 
 from rock import errors
 from rock.jobs import rewards
+from rock.jobs.harbor_file import read_task_file
 from rock.protocol.env import IDLE, new_instance_id
 from rock.protocol.sandbox import SandboxConfig
 from rock.sync.client import Client
@@ -58,22 +58,17 @@ class HarborTask:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> HarborTask:
-        """Read a task's folder. InvalidConfig names the file that is missing or wrong."""
+        """Read a task's folder. InvalidConfig names the file that is missing or wrong; Unsupported names the settings
+        that ROCK does not provide."""
         folder = Path(folder)
+        parts = read_task_file(folder)
         try:
-            told = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
             instruction = (folder / "instruction.md").read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             hint = "it has a task.toml, an instruction.md and tests/test.sh"
             raise errors.InvalidConfig(f"{folder} is no task of Harbor: {error}", hint=hint) from None
         if not (folder / "tests" / "test.sh").is_file():
             raise errors.InvalidConfig(f"{folder} has no tests/test.sh", hint="add the script that judges the task")
-        parts = {name: told.get(name, {}) for name in ("environment", "agent", "verifier", "solution")}
-        if not all(isinstance(part, dict) for part in parts.values()):
-            raise errors.InvalidConfig(
-                f"{folder}/task.toml has a section that is not a table",
-                hint="make environment, agent, verifier and solution tables",
-            )
         box, agent, verifier = parts["environment"], parts["agent"], parts["verifier"]
         memory = box["memory"] if isinstance(box.get("memory"), str) else f"{box.get('memory_mb', 2048)}m"
         try:

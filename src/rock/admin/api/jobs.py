@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import orjson
@@ -9,6 +10,7 @@ from fastapi import FastAPI, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from rock.errors import InvalidConfig
+from rock.http.asgi import parsed, validate
 from rock.protocol.jobs import (
     BeatenTrials,
     BeatTrials,
@@ -30,6 +32,11 @@ JobId = Annotated[str, Path(max_length=64, pattern=r"^[a-z0-9]+$")]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
+_SCHEMA = CreateJob.model_json_schema(ref_template="#/components/schemas/{model}")
+_SCHEMA.pop("$defs", None)  # the schema of JobDetail has them too
+_JOB_BODY = {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}
+
+
 def _row(name: str, model: type[BaseModel], status: int = 200) -> dict[str, Any]:
     row = ROUTES[name]
     return {"path": row.path, "summary": row.summary, "response_model": model, "tags": ["jobs"], "status_code": status}
@@ -40,10 +47,11 @@ def _json(model: BaseModel, status: int = 200) -> Response:
 
 
 def add_routes(app: FastAPI, jobs: Jobs) -> None:
-    @app.post(**_row("create_job", JobInfo, 201))
-    async def create_job(request: Request, body: CreateJob) -> Response:
+    @app.post(**_row("create_job", JobInfo, 201), openapi_extra={"requestBody": _JOB_BODY})
+    async def create_job(request: Request) -> Response:
         """Create a job with all its trials; the same idempotency key returns the same job."""
-        key = request.headers.get(IDEMPOTENCY_KEY)
+        key, data = request.headers.get(IDEMPOTENCY_KEY), await request.body()
+        body = await asyncio.to_thread(lambda: validate(CreateJob, parsed(data)))  # of up to 20,000 tasks
         return _json(await jobs.create(body, caller_of(request.scope).owner, key), 201)
 
     @app.get(**_row("list_jobs", JobList))

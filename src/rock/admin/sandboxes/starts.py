@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rock import faults
@@ -46,7 +46,8 @@ _PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts of a start who
 
 class Starts:
     """One task per sandbox; the queue orders them. `Service.close` cancels them. on_failed: called with the record of a
-    sandbox that could not be started."""
+    sandbox that could not be started. on_restarted: called with the id of a sandbox that runs again from its files,
+    before its start has ended for its clients; it raises nothing."""
 
     def __init__(self, records: Records, workers: WorkerRegistry, placer: Placer, archive: Archive) -> None:
         self._records = records
@@ -54,6 +55,7 @@ class Starts:
         self._placer = placer
         self._archive = archive
         self.on_failed: list[Callable[[Record], None]] = []
+        self.on_restarted: list[Callable[[str], Awaitable[None]]] = []
         self.queue = StartQueue(lambda: len(workers))
         self._tasks: dict[str, asyncio.Task[Record]] = {}
         self._waiting: dict[str, Ticket] = {}  # tickets of starts that have not begun
@@ -128,6 +130,9 @@ class Starts:
             new = await self._records.apply(record.id, Event.LAUNCHED, known=record, **lifecycle.running(made))
             if restored and new.info.archive is None:
                 await self._archive.forget(record.id)
+            if (restored or record.info.kept) and new.state is State.RUNNING:
+                for hook in self.on_restarted:
+                    await hook(record.id)
             return new
         CREATES.of("failed", error.code).add()
         STARTS.of("failed").observe(time.monotonic() - began)

@@ -225,8 +225,8 @@ def status(json_: bool) -> int:
 def backup(file: Path, json_: bool) -> None:
     """Copy the store of the server to a file.
 
-    It has the records of sandboxes, the catalogue and the logins of registries, but no files of sandboxes and no
-    images. The server may run. An existing file is replaced.
+    It has the records of sandboxes, the catalogue, the logins of registries, and the runs and upstreams of the model
+    gateway with their keys, but no files of sandboxes and no images. The server may run. An existing file is replaced.
     """
     from rock.cli.serve import upkeep
 
@@ -234,8 +234,8 @@ def backup(file: Path, json_: bool) -> None:
     if json_:
         print(json.dumps(done))
     else:
-        print(f"{done['sandboxes']} records of sandboxes, {', '.join(done['files'])}: {done['bytes']} bytes in "
-                   f"{done['file']}")  # fmt: skip
+        print(f"{done['sandboxes']} records of sandboxes, {done['runs']} runs, "
+              f"{', '.join(done['files'])}: {done['bytes']} bytes in {done['file']}")  # fmt: skip
 
 
 @admin.command(example="rock admin restore rock-backup.tar")

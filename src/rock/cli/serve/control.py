@@ -244,7 +244,7 @@ class Control:
         self._remote_gateway: RemoteGateway | None = None
         self._routes = self.admin.app
         if settings.gateway == "on" and role != "read":
-            self.gateway = ServerGateway(settings, self._proxy, self.admin.check_sandbox)
+            self.gateway = ServerGateway(settings, self._proxy, self.admin)
             self._routes = self.gateway.over(self.admin.app)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import orjson
 
+from rock.admin.app import Admin
 from rock.errors import from_wire
 from rock.gateway.api import GatewayRoutes
 from rock.gateway.service import Gateway, Limits
@@ -19,18 +20,17 @@ from rock.settings import Settings
 
 class ServerGateway:
     """The gateway, mounted: `before_authentication` for agents, `over` behind it for the API. data: the data plane,
-    which reaches the worker of a sandbox. check_sandbox: see GatewayRoutes."""
+    which reaches the worker of a sandbox."""
 
-    def __init__(
-        self, settings: Settings, data: App, check_sandbox: Callable[[Scope, str], Awaitable[None]]
-    ) -> None:
+    def __init__(self, settings: Settings, data: App, admin: Admin) -> None:
         self._data = data
         limits = Limits(runs=settings.gateway_runs, retain=settings.gateway_retain, orphan=settings.gateway_orphan)
         self.gateway = Gateway(settings.gateway_dir, limits, self._open_port, self._close_port)
-        routes = GatewayRoutes(self.gateway, check_sandbox)
+        routes = GatewayRoutes(self.gateway, admin.check_sandbox)
         self.before_authentication, self.over = routes.before_authentication, routes.over
         self.endpoint = routes.endpoint
         self.open, self.close = self.gateway.open, self.gateway.close
+        admin.service.start_tasks.on_restarted.append(self.gateway.reopen_port)
 
     async def _open_port(self, sandbox_id: str, port: int | None) -> int:
         answer = await self._ask("open_gateway_port", sandbox_id, orjson.dumps({"port": port}))

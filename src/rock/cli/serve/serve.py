@@ -247,7 +247,7 @@ class Server:
         self.gateway = None
         self._routes = self.admin.app
         if settings.gateway == "on":
-            self.gateway = ServerGateway(settings, self._proxy, self.admin.check_sandbox)
+            self.gateway = ServerGateway(settings, self._proxy, self.admin)
             self._routes = self.gateway.over(self.admin.app)
             self.node.gateway = self.gateway.endpoint
         self.page = page_of(settings, self.admin, self.store)

@@ -17,6 +17,8 @@ from typing import Any
 from rock.cli.serve.home import Home
 from rock.cli.serve.upkeep import store_file
 from rock.errors import Conflict, Unsupported
+from rock.gateway import recording
+from rock.gateway.runs import CALLS_FILE, RUN_FILE
 from rock.host import atomic_file
 from rock.rocklet.durability import checksums, journal
 from rock.settings import Settings
@@ -25,7 +27,8 @@ from rock.store.migrations import SQLITE
 
 @dataclass
 class Found:
-    """One finding. kind: store, catalogue, identity, record, journal, output, log, runtime record, orphan or image.
+    """One finding. kind: store, catalogue, identity, record, journal, output, log, runtime record, orphan, gateway or
+    image.
 
     path: of the file; ok: whether it is intact; detail: the damage, or the checked content; hint: the remedy. repaired:
     the path to which it was moved.
@@ -60,7 +63,7 @@ class Check:
         kinds: list[tuple[str, Callable[[], Iterator[Found]]]] = [
             ("store", self._store), ("catalogue", self._catalogue), ("identity", self._identity),
             ("record", self._records), ("runtime record", self._runtime_records), ("journal", self._journals),
-            ("orphan", self._orphans)]  # fmt: skip
+            ("orphan", self._orphans), ("gateway", self._gateway)]  # fmt: skip
         if self._images:
             kinds.append(("image", self._layers))
         for kind, look in kinds:
@@ -250,6 +253,45 @@ class Check:
     def _orphan(self, path: Path, detail: str) -> Found:
         return self._moved(Found("orphan", str(path), False, detail, "the next start removes it"))
 
+    # ---- model gateway ----
+
+    def _gateway(self) -> Iterator[Found]:
+        folder = self._settings.gateway_dir
+        for name, read, hint in (("secret", _secret, "after a repair, active runs need to be created again"),
+                                 ("upstreams.json", atomic_file.parsed, "after a repair, define the upstreams again")):
+            if (folder / name).exists():
+                self._looked("gateway")
+                try:
+                    read((folder / name).read_bytes())
+                except (OSError, ValueError) as error:
+                    yield self._moved(Found("gateway", str(folder / name), False, str(error), hint))
+        for run in sorted((folder / "runs").iterdir()) if (folder / "runs").is_dir() else ():
+            if not run.name.startswith(".") and (run / RUN_FILE).exists():
+                self._looked("gateway")
+                yield from self._recording(run)
+
+    def _recording(self, run: Path) -> Iterator[Found]:
+        try:
+            atomic_file.parsed((run / RUN_FILE).read_bytes())
+        except FileNotFoundError:
+            return  # it was deleted just now
+        except (OSError, ValueError) as error:  # without its state, the next start would remove the calls too
+            yield self._moved(Found("gateway", str(run), False, f"run {run.name} cannot be used: {error}",
+                                    "the server leaves it as it is; restore a backup for its calls"))  # fmt: skip
+            return
+        try:
+            detail = recording.damage(run / CALLS_FILE)
+            if detail and self._running:  # a record may have been written just now
+                time.sleep(0.2)
+                detail = recording.damage(run / CALLS_FILE)
+        except FileNotFoundError:
+            detail = f"run {run.name} has no calls" if run.exists() else None
+        except OSError as error:
+            detail = str(error)
+        if detail:
+            yield Found("gateway", str(run / CALLS_FILE), False, detail,
+                        "the next use of the run moves these bytes to calls.torn-1")  # fmt: skip
+
     # ---- images ----
 
     def _layers(self) -> Iterator[Found]:
@@ -268,6 +310,11 @@ class Check:
             if wrong or size != expected:
                 detail = "it has the description of another layer" if wrong else f"{size} of {expected} bytes are there"
                 yield Found("image", str(layer), False, detail, "rock image rm, and pull it again")
+
+
+def _secret(data: bytes) -> None:
+    if len(data) < 32:
+        raise ValueError("it is too short")
 
 
 def _size(folder: Path) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sqlite3
 import tarfile
@@ -17,6 +18,7 @@ from typing import Any
 from rock import __version__
 from rock.cli.serve.home import Home, make_private
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unavailable, Unsupported
+from rock.gateway.runs import CALLS_FILE, REPLAY_FILE, RUN_FILE
 from rock.host import atomic_file
 from rock.protocol.owner import RESTORED
 from rock.protocol.owner import STORE_NOTE as NOTE
@@ -25,6 +27,10 @@ from rock.store.migrations import SQLITE
 
 _STORE, _CATALOGUE, _ABOUT = "rock.sqlite", "envhub.sqlite", "about.json"
 _FILES = ("registries.json", "worker.json")  # copied unchanged
+_GATEWAY = "gateway"  # the folder of the model gateway, in the archive
+_RUN_PARTS = (RUN_FILE, CALLS_FILE, REPLAY_FILE)
+_IN_GATEWAY = re.compile(rf"{_GATEWAY}/(secret|upstreams\.json|runs/[A-Za-z0-9_-]{{1,64}}/"
+                         rf"({'|'.join(map(re.escape, _RUN_PARTS))}))")
 _MOST = 64 << 30  # maximum bytes of one file of a backup
 _BACKUP = "give a file that `rock admin backup` wrote"
 
@@ -63,7 +69,8 @@ def _copied(source: Path, target: Path) -> None:
 
 
 def backup(settings: Settings, target: Path) -> dict[str, Any]:
-    """Write the store, the catalogue and the registry logins to a file with mode 0600. Returns a summary."""
+    """Write the store, the catalogue, the registry logins and the gateway's folder, which has the keys of upstreams, to
+    a file with mode 0600. Returns a summary."""
     source = store_file(settings)
     if not source.exists():
         raise NotFound(f"there is no store at {source}", hint="set ROCK_HOME to the home folder of the server")
@@ -87,6 +94,7 @@ def backup(settings: Settings, target: Path) -> dict[str, Any]:
                 tar.addfile(head, io.BytesIO(data))
                 for name, path in files.items():
                     tar.add(path, name, recursive=False)
+                runs = _add_gateway(settings.gateway_dir, tar)
                 out.flush()
             with beside.open("rb") as written:
                 os.fsync(written.fileno())
@@ -95,7 +103,31 @@ def backup(settings: Settings, target: Path) -> dict[str, Any]:
         raise Unavailable(f"the store {source} cannot be copied: {error}", hint="rock doctor store") from None
     except OSError as error:
         raise _told(error, target) from None
-    return {**about, "file": str(target), "bytes": target.stat().st_size, "files": sorted(files)}
+    return {**about, "file": str(target), "bytes": target.stat().st_size, "files": sorted(files), "runs": runs}
+
+
+def _add_gateway(folder: Path, tar: tarfile.TarFile) -> int:
+    """Add the gateway's folder, whose server may be at work; returns the number of runs."""
+    for name in ("secret", "upstreams.json"):
+        if (folder / name).is_file():
+            tar.add(folder / name, f"{_GATEWAY}/{name}", recursive=False)
+    count = 0
+    for run in sorted((folder / "runs").iterdir()) if (folder / "runs").is_dir() else ():
+        if run.name.startswith("."):
+            continue
+        with contextlib.ExitStack() as opened:
+            # All are open before the first is copied: a run that is deleted meanwhile is copied completely, or not.
+            # The state comes first, because the calls of an ended run do not change.
+            try:
+                files = {name: opened.enter_context((run / name).open("rb")) for name in _RUN_PARTS
+                         if name != REPLAY_FILE or (run / name).exists()}  # fmt: skip
+            except FileNotFoundError:
+                continue
+            for name, file in files.items():
+                entry = tar.gettarinfo(arcname=f"{_GATEWAY}/runs/{run.name}/{name}", fileobj=file)
+                tar.addfile(entry, file)  # as many bytes as it has now
+            count += 1
+    return count
 
 
 def restore(settings: Settings, source: Path, force: bool) -> dict[str, Any]:
@@ -120,8 +152,9 @@ def restore(settings: Settings, source: Path, force: bool) -> dict[str, Any]:
             if target.exists() and not force:
                 _refuse_newer(target, found)
             replaced = []
-            for part in (_STORE, _CATALOGUE, *_FILES):
-                place = target if part == _STORE else settings.home / part
+            places = {_STORE: target, _GATEWAY: settings.gateway_dir}
+            for part in (_STORE, _CATALOGUE, *_FILES, _GATEWAY):
+                place = places.get(part, settings.home / part)
                 if (folder / part).exists():
                     replaced += _put(folder / part, place)
             note = settings.run_dir / NOTE
@@ -138,9 +171,11 @@ def _unpacked(source: Path, folder: Path) -> dict[str, Any]:
     try:
         with tarfile.open(source.expanduser(), "r:gz") as tar:
             for entry in tar:
-                if entry.name in (_ABOUT, _STORE, _CATALOGUE, *_FILES) and entry.isreg() and entry.size <= _MOST:
+                known = entry.name in (_ABOUT, _STORE, _CATALOGUE, *_FILES) or _IN_GATEWAY.fullmatch(entry.name)
+                if known and entry.isreg() and entry.size <= _MOST:
                     data = tar.extractfile(entry)
                     assert data is not None
+                    (folder / entry.name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                     with open(os.open(folder / entry.name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
                         while part := data.read(1 << 20):
                             out.write(part)

@@ -17,7 +17,11 @@ _ORDER = {"reasoning_content": 0, "reasoning": 0, "content": 1, "refusal": 1, "t
 
 
 class ChatParser:
-    """Assembles the body of a chat completion. Complete once the first choice has a finish_reason."""
+    """Assembles the body of a chat completion. Complete once the first choice has a finish_reason.
+
+    ended: whether the stream had [DONE], or a usage with or after the finish_reason. A stream whose request asked for
+    the usage is cut without both.
+    """
 
     def __init__(self, parse: Callable[[dict[str, Any]], ModelResponse]) -> None:
         self._parse = parse
@@ -27,9 +31,11 @@ class ChatParser:
         self._calls: dict[tuple[int, int], dict[str, Any]] = {}
         self._arguments: dict[tuple[int, int], list[str]] = {}
         self._started = False
+        self.ended = False
 
     def feed(self, event: SSEEvent) -> list[Delta]:
         if event.data == "[DONE]":
+            self.ended = True
             return []
         chunk = fields.event_object(event.data)
         if chunk.get("error"):
@@ -44,6 +50,8 @@ class ChatParser:
                                name=fields.text(chunk, "model", "the chunk", "")))  # fmt: skip
         for row in fields.rows(chunk, "choices", "the chunk", fields.MAX_CHOICES):
             self._choice(row, found)
+        if chunk.get("usage") is not None and self._choices.get(0, {}).get("finish_reason"):
+            self.ended = True
         return found
 
     def _choice(self, row: dict[str, Any], found: list[Delta]) -> None:

@@ -187,8 +187,15 @@ _HIDDEN_CHOICE = frozenset({"token_ids", "prompt_token_ids", "logprobs", "meta_i
 
 # ---- requests ----
 
+_PLAIN = {"role", "content"}
+_PLAIN_ROLES: Mapping[str, Role] = {name: role for name, role in _ROLES.items() if role != "tool"}
+
 
 def _message(row: Mapping[str, Any], where: str) -> Message:
+    if row.keys() == _PLAIN and type(content := row["content"]) is str and content:
+        plain = _PLAIN_ROLES.get(row["role"]) if type(row["role"]) is str else None
+        if plain is not None:  # the most common message
+            return Message(plain, (Text(content),))
     role = _ROLES.get(fields.text(row, "role", where))
     if role is None:
         raise DialectError(f"{where}.role is {str(row['role'])[:40]!r}, which is no role")

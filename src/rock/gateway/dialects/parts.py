@@ -119,9 +119,9 @@ def custom_input(arguments: str) -> str:
 
 def estimate_tokens(request: ModelRequest) -> int:
     """A quarter of the UTF-8 bytes of the prompt, and 1,000 for an image or another file."""
-    size, media = len((request.system or "").encode()), 0
+    size, media = _bytes(request.system or ""), 0
     for tool in request.tools:
-        size += len(tool.name) + len(tool.description.encode()) + len(dumps(tool.parameters or {}))
+        size += len(tool.name) + _bytes(tool.description) + len(dumps(tool.parameters or {}))
     for message in request.messages:
         for part in message.parts:
             more, files = _size(part)
@@ -131,12 +131,17 @@ def estimate_tokens(request: ModelRequest) -> int:
     return max(1, size // 4 + media * _IMAGE_TOKENS)
 
 
+def _bytes(text: str) -> int:
+    """The UTF-8 length of a text; of a lone surrogate as if it were a character."""
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
 def _size(part: Part) -> tuple[int, int]:
     match part:
         case Text(text) | Refusal(text):
-            return len(text.encode()), 0
+            return _bytes(text), 0
         case ToolCall(name=name, arguments=arguments):
-            return len(name) + len(arguments.encode()), 0
+            return len(name) + _bytes(arguments), 0
         case ToolResult(parts=parts):
             sizes = [_size(inner) for inner in parts]
             return sum(size for size, _ in sizes), sum(files for _, files in sizes)
@@ -144,7 +149,7 @@ def _size(part: Part) -> tuple[int, int]:
             return 0, 1
         case Other(raw=raw):
             return len(dumps(raw)), 0
-    return len(part.text.encode()), 0
+    return _bytes(part.text), 0
 
 
 def add_turn(messages: list[Message], parts: list[Part]) -> None:
@@ -182,7 +187,7 @@ def error_text(error: Any) -> str:
 
 
 def as_base64(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()
+    return base64.b64encode(text.encode("utf-8", "replace")).decode()
 
 
 def event(data: Mapping[str, Any], kind: str = "") -> bytes:

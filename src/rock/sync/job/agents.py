@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rock.agents import builtin
 from rock.errors import InvalidConfig
 from rock.jobs.plan import AgentPlan, TrialFailed
 from rock.sync.sandbox.sandbox import Sandbox
@@ -193,17 +193,7 @@ def register_agent(name: str, make: Callable[[AgentPlan], AgentRunner]) -> None:
     _AGENTS[name] = make
 
 
-def _builtin(name: str) -> Recipe | None:
-    """A recipe of this installation, if it has recipes."""
-    try:
-        recipes = importlib.import_module("rock.agents.recipe")
-    except ModuleNotFoundError:
-        return None
-    found: Recipe | None = recipes.builtin(name)
-    return found
-
-
-_find_recipe: Callable[[str], Recipe | None] = _builtin
+_find_recipe: Callable[[str], Recipe | None] = builtin
 
 
 def use_recipes(find: Callable[[str], Recipe | None]) -> None:
