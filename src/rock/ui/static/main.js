@@ -4,6 +4,7 @@ import { ApiError, Field, Link, Problem, api, can, go, here, html, onSignedOut, 
 /** name of the URL -> [title, module, scope that it needs] */
 const SCREENS = {
   sandboxes: ["Sandboxes", () => import("./screens/sandboxes.js"), "read"],
+  runs: ["Runs", () => import("./screens/runs.js"), "read"],
   environments: ["Environments", () => import("./screens/environments.js"), "read"],
   training: ["Training sets", () => import("./screens/training.js"), "read"],
   images: ["Images", () => import("./screens/images.js"), "read"],
@@ -15,6 +16,7 @@ const SCREENS = {
 /** screens without an entry in the navigation */
 const OTHERS = {
   sandbox: ["Sandbox", () => import("./screens/sandbox.js"), "sandboxes"],
+  run: ["Run", () => import("./screens/run.js"), "runs"],
   terminal: ["Terminal", () => import("./screens/terminal.js"), "sandboxes"],
   compare: ["Compare", () => import("./screens/compare.js"), "sandboxes"],
 };

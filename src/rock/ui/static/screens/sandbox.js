@@ -1,5 +1,5 @@
 // One sandbox: state, limits, charts, processes, files, logs, ports, connections, timeline.
-import { Confirm, Empty, Field, Link, Problem, Same, StateMark, Table, Time, api, can, go, here, html, save, session, useData, useEffect, useParam, useRef, useState } from "../lib.js";
+import { Confirm, Empty, Facts, Field, Link, Problem, Same, StateMark, Table, Time, api, can, go, here, html, save, session, useData, useEffect, useParam, useRef, useState } from "../lib.js";
 import { bytes, duration, plainText, shellWord } from "../pure.js";
 import { Chart } from "../chart.js";
 import { exportHtml, exportJsonl, record } from "../recorder.js";
@@ -36,10 +36,6 @@ function Commit(/** @type {any} */ { id, onClose }) {
   return html`<${Confirm} title="Commit to an image" action="Commit" onClose=${onClose} text=${html`<${Field} label="Name of the image" value=${tag} onInput=${(/** @type {any} */ e) => setTag(e.target.value)} />`}
     same=${html`<${Same} cli=${["rock", "commit", id, tag]} http=${`POST ${path(id, "/commit")} ${JSON.stringify({ image_tag: tag })}`} />`}
     run=${() => api("POST", path(id, "/commit?wait=60"), { json: { image_tag: tag } })} />`;
-}
-
-function Facts(/** @type {{rows: [string, any][]}} */ { rows }) {
-  return html`<dl class="facts">${rows.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`;
 }
 
 function Overview(/** @type {any} */ { id, info }) {
