@@ -120,7 +120,7 @@ export function Problem(/** @type {{error: any}} */ { error }) {
 
 export function Empty(/** @type {any} */ { children }) { return html`<p class="empty">${children}</p>`; }
 
-const SHAPES = { running: "●", pending: "◔", stopping: "◑", stopped: "○", archiving: "◓", archived: "▣", deleted: "×", ready: "●", draining: "◑", unreachable: "△", lost: "×" };
+const SHAPES = { running: "●", pending: "◔", stopping: "◑", stopped: "○", archiving: "◓", archived: "▣", deleted: "×", ready: "●", draining: "◑", unreachable: "△", lost: "×", completed: "✓", failed: "!", cancelled: "–" };
 export function StateMark(/** @type {{state: string}} */ { state }) {
   return html`<span class=${`state state-${state}`}><span aria-hidden="true">${SHAPES[/** @type {keyof typeof SHAPES} */ (state)] || "•"}</span> ${state}</span>`;
 }

@@ -5,6 +5,7 @@ import { ApiError, Field, Link, Problem, api, can, go, here, html, onSignedOut, 
 const SCREENS = {
   sandboxes: ["Sandboxes", () => import("./screens/sandboxes.js"), "read"],
   runs: ["Runs", () => import("./screens/runs.js"), "read"],
+  jobs: ["Jobs", () => import("./screens/jobs.js"), "read"],
   environments: ["Environments", () => import("./screens/environments.js"), "read"],
   training: ["Training sets", () => import("./screens/training.js"), "read"],
   images: ["Images", () => import("./screens/images.js"), "read"],
@@ -17,6 +18,7 @@ const SCREENS = {
 const OTHERS = {
   sandbox: ["Sandbox", () => import("./screens/sandbox.js"), "sandboxes"],
   run: ["Run", () => import("./screens/run.js"), "runs"],
+  job: ["Job", () => import("./screens/job.js"), "jobs"],
   terminal: ["Terminal", () => import("./screens/terminal.js"), "sandboxes"],
   compare: ["Compare", () => import("./screens/compare.js"), "sandboxes"],
 };
