@@ -90,3 +90,23 @@ test("calls of a run: branches, merged pages, messages of any type", async () =>
   messagesOf(null, null);
   messagesOf({ messages: "x" }, { choices: "x" });
 });
+
+test("the order of rows, memory as text, and model calls on a timeline", async () => {
+  const { memoryText, orderOf, timelineOf } = await import("../../src/rock/ui/static/pure.js");
+  const kept = {};
+  const rows = new Map([["a", { sandbox_id: "a", created_at: 1 }], ["b", { sandbox_id: "b", created_at: 3 }]]);
+  assert.deepEqual(orderOf(kept, rows).map((r) => r.sandbox_id), ["b", "a"]);
+  const { ids } = kept;
+  rows.set("a", { sandbox_id: "a", created_at: 1, state: "stopped" });
+  assert.equal(orderOf(kept, rows)[1].state, "stopped");
+  assert.equal(kept.ids, ids);
+  rows.delete("b");
+  rows.set("c", { sandbox_id: "c", created_at: 9 });
+  assert.deepEqual(orderOf(kept, rows).map((r) => r.sandbox_id), ["c", "a"]);
+  assert.deepEqual(["512m", "1.5g", "2GiB", "123", "", null].map(memoryText), ["512 MiB", "1.5 GiB", "2 GiB", "123", "", ""]);
+  const events = timelineOf({ info: { created_at: 1, image: "i" }, processes: [], connections: [], outputs: {}, runs: [
+    { run: { reward: 0, reward_valid: true, ended_at: 9, rewards: { style: 1 } }, calls: [{ number: 1, started: 2, state: "failed", error: "broken" }] },
+    { run: { reward: null, reward_valid: false, ended_at: 8, reason: "lost" }, calls: [] }, { run: { ended_at: null }, calls: [] }] });
+  assert.deepEqual(events.map((e) => e.title), ["created", "model call 1 of run 1: failed", "no valid reward of run 2", "reward 0, style=1 of run 1"]);
+  assert.equal(events[1].text, "broken");
+});

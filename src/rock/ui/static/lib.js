@@ -1,11 +1,11 @@
 // What all screens share: rendering, the API, navigation, and the common parts of a screen.
-import { h, render, Fragment } from "./vendor/preact.js";
+import { h, render, Component, Fragment } from "./vendor/preact.js";
 import { useState, useEffect, useRef, useMemo, useCallback } from "./vendor/hooks.js";
 import htm from "./vendor/htm.js";
 import { shellWord, windowOf } from "./pure.js";
 
 export const html = htm.bind(h);
-export { h, render, Fragment, useState, useEffect, useRef, useMemo, useCallback };
+export { h, render, Component, Fragment, useState, useEffect, useRef, useMemo, useCallback };
 
 // ---- API ----
 
@@ -180,6 +180,7 @@ export function Facts(/** @type {{rows: [string, any][]}} */ { rows }) {
 export function useWindow(box, rowHeight, count) {
   const [view, setView] = useState({ first: 0, last: 24 });
   const onScroll = () => {
+    if (!box.current) return;
     const found = windowOf(box.current.scrollTop, box.current.clientHeight, rowHeight, Number.MAX_SAFE_INTEGER);
     setView((old) => (old.first === found.first && old.last === found.last ? old : found));
   };

@@ -20,6 +20,7 @@ const OTHERS = {
   run: ["Run", () => import("./screens/run.js"), "runs"],
   job: ["Job", () => import("./screens/job.js"), "jobs"],
   terminal: ["Terminal", () => import("./screens/terminal.js"), "sandboxes"],
+  watch: ["Watch", () => import("./screens/watch.js"), "sandboxes"],
   compare: ["Compare", () => import("./screens/compare.js"), "sandboxes"],
 };
 

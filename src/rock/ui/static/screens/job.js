@@ -1,11 +1,11 @@
 // One job: progress, pass@k, its trials, and the comparison with another job. A window of the trials is in the DOM.
-import { Confirm, Empty, Facts, Field, Link, Problem, Same, StateMark, Table, Time, api, can, here, html, useData, useEffect, useMemo, useParam, useRef, useState, useWindow } from "../lib.js";
+import { Confirm, Empty, Facts, Field, Link, Problem, Same, StateMark, Table, Time, api, can, here, html, useData, useEffect, useMemo, useParam, useRef, useState } from "../lib.js";
 import { mergedCalls as merged, textOf } from "../calls.js";
 import { compareJobs, finalUpTo, meanOf, passAt, rewardOfTrial, rewardsByTask, slimTrial, valuesOfK } from "../trials.js";
+import { Grid } from "../grid.js";
 import { duration, plainText } from "../pure.js";
 import { Progress } from "./jobs.js";
 
-const ROW = 34; // pixels, as in app.css
 const PAGE = 1000;
 const DIFFERENCES = 500; // tasks in the table of a comparison
 const path = (/** @type {string} */ id, rest = "") => `/v1/jobs/${encodeURIComponent(id)}${rest}`;
@@ -56,6 +56,8 @@ export default function Job() {
     return Object.entries(found).sort();
   }, [trials]);
   const shown = useMemo(() => trials.filter((/** @type {any} */ t) => (!state || t.state === state) && (!kind || t.error?.kind === kind) && (!search || t.task.toLowerCase().includes(search.toLowerCase()))), [trials, state, kind, search]);
+  const now = Math.round(Date.now() / 5000) * 5;
+  const context = useMemo(() => ({ now }), [now, state, kind, search, against]); // links of rows contain the filters
   const ended = job && job.finished_at !== null && job.finished_at !== undefined;
   const title = html`<div class="title"><h1>${job ? plainText(job.name) : id}</h1>${job && html`<${StateMark} state=${job.state} />`}<span class="grow"></span>
     ${job && !ended && !job.cancelling && can("create") && html`<button type="button" class="danger" onClick=${() => setDialog(true)}>Cancel the job</button>`}</div>`;
@@ -71,7 +73,7 @@ export default function Job() {
     <h2>Trials</h2><div class="tools"><${Field} label="Search a task" type="search" value=${search} onInput=${(/** @type {any} */ e) => setSearch(e.target.value)} />
       <${Field} label="state">${(/** @type {string} */ field) => html`<select id=${field} value=${state} onChange=${(/** @type {any} */ e) => setState(e.target.value)}>${["", "pending", "running", "completed", "failed", "cancelled"].map((s) => html`<option value=${s}>${s || "all"}</option>`)}</select>`}<//>
       <${Field} label="error class">${(/** @type {string} */ field) => html`<select id=${field} value=${kind} onChange=${(/** @type {any} */ e) => setKind(e.target.value)}>${["", ...new Set([...kinds.map(([name]) => name), ...(kind ? [kind] : [])])].map((s) => html`<option value=${s}>${s || "all"}</option>`)}</select>`}<//></div>
-    ${shown.length ? html`<${Trials} trials=${shown} chosen=${Number(chosen)} />` : html`<${Empty}>${trials.length ? "No trial matches. Change the search or the filters." : "Loading…"}<//>`}
+    ${shown.length ? html`<${Grid} label="Trials" kind="trials" columns=${COLUMNS} rows=${shown} cells=${trialCells} context=${context} chosen=${Number(chosen)} height=${480} />` : html`<${Empty}>${trials.length ? "No trial matches. Change the search or the filters." : "Loading…"}<//>`}
     ${chosen && html`<${Trial} id=${id} number=${Number(chosen)} key=${chosen} version=${trials.find((/** @type {any} */ t) => t.number === Number(chosen))?.state} />`}
     <${Same} cli=${["rock", "job", "show", id]} http=${`GET ${path(id, "/trials")}`} />
     ${dialog && html`<${Confirm} title="Cancel the job" action="Cancel the trials" text="Pending trials are cancelled now. Running trials are stopped by their runners." onClose=${() => { setDialog(false); reload(); }} run=${() => api("POST", path(id, "/cancel"))} same=${html`<${Same} cli=${["rock", "job", "cancel", id]} http=${`POST ${path(id, "/cancel")}`} />`} />`}`;
@@ -81,21 +83,14 @@ export default function Job() {
 
 const COLUMNS = ["Trial", "Task", "Attempt", "State", "Reward", "Tries", "Duration", "Error", "Sandbox", "Run"];
 
-function Trials(/** @type {any} */ { trials, chosen }) {
-  const box = useRef(/** @type {any} */ (null));
-  const { first, last, onScroll } = useWindow(box, ROW, trials.length);
-  const now = Date.now() / 1000;
-  const target = (/** @type {number} */ n) => { const { parts, query } = here(); query.set("trial", String(n)); return `/ui/job/${encodeURIComponent(parts[1])}?${query}`; };
-  return html`<div class="rows trials" ref=${box} tabindex="0" role="region" aria-label="Table of trials" style=${{ height: `${Math.min(480, (trials.length + 1) * ROW + 20)}px` }} onScroll=${onScroll}>
-    <div role="table" aria-label="Trials" aria-rowcount=${trials.length + 1} class="grid"><div role="rowgroup" class="headgroup"><div role="row" aria-rowindex="1" class="tr head">${COLUMNS.map((name) => html`<div role="columnheader" class="td">${name}</div>`)}</div></div>
-      <div role="rowgroup" class="space" style=${{ height: `${trials.length * ROW}px` }}>${trials.slice(first, last).map((/** @type {any} */ t, /** @type {number} */ i) => {
-        const reward = rewardOfTrial(t);
-        const cells = [html`<${Link} to=${target(t.number)}>${t.number}<//>`, plainText(t.task), t.attempt, html`<${StateMark} state=${t.state} />`,
-          reward === null ? "" : html`<span class=${reward >= 1 ? "good" : ""}>${Number(reward.toFixed(4))}${reward >= 1 ? " ✓" : ""}</span>`, t.tries || "", t.started_at ? duration((t.finished_at || now) - t.started_at) : "",
-          t.error ? html`<span class="cause" title=${plainText(t.error.message)}>${t.error.kind}: ${plainText(t.error.type)}</span>` : t.earlier ? `${t.earlier} earlier errors` : "",
-          t.sandbox && html`<${Link} to=${`/ui/sandbox/${encodeURIComponent(t.sandbox)}`}>${t.sandbox}<//>`, t.run && html`<${Link} to=${`/ui/run/${encodeURIComponent(t.run)}`}>${t.run}<//>`];
-        return html`<div role="row" aria-rowindex=${first + i + 2} key=${t.number} class=${`tr${t.number === chosen ? " chosen" : ""}`} style=${{ transform: `translateY(${(first + i) * ROW}px)` }}>${cells.map((cell) => html`<div role="cell" class="td">${cell}</div>`)}</div>`;
-      })}</div></div></div>`;
+const target = (/** @type {number} */ n) => { const { parts, query } = here(); query.set("trial", String(n)); return `/ui/job/${encodeURIComponent(parts[1])}?${query}`; };
+
+function trialCells(/** @type {any} */ t, /** @type {any} */ { now }) {
+  const reward = rewardOfTrial(t);
+  return [html`<${Link} to=${target(t.number)}>${t.number}<//>`, plainText(t.task), t.attempt, html`<${StateMark} state=${t.state} />`,
+    reward === null ? "" : html`<span class=${reward >= 1 ? "good" : ""}>${Number(reward.toFixed(4))}${reward >= 1 ? " ✓" : ""}</span>`, t.tries || "", t.started_at ? duration((t.finished_at || now) - t.started_at) : "",
+    t.error ? html`<span class="cause" title=${plainText(t.error.message)}>${t.error.kind}: ${plainText(t.error.type)}</span>` : t.earlier ? `${t.earlier} earlier errors` : "",
+    t.sandbox && html`<${Link} to=${`/ui/sandbox/${encodeURIComponent(t.sandbox)}`}>${t.sandbox}<//>`, t.run && html`<${Link} to=${`/ui/run/${encodeURIComponent(t.run)}`}>${t.run}<//>`];
 }
 
 function Trial(/** @type {any} */ { id, number, version }) {

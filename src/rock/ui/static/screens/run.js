@@ -1,11 +1,11 @@
 // One run of an agent: budget, reward, calls as a table, and the conversation of one call. Bodies are loaded for the shown
 // call only, and a window of the table is in the DOM.
-import { Confirm, Empty, Facts, Field, Link, Problem, Same, Time, api, can, here, html, save, useData, useEffect, useMemo, useParam, useRef, useState, useWindow } from "../lib.js";
+import { Confirm, Empty, Facts, Field, Link, Problem, Same, Time, api, can, here, html, save, useData, useEffect, useMemo, useParam, useRef, useState } from "../lib.js";
 import { branchesOf, mergedCalls, messagesOf, settledUpTo, textOf } from "../calls.js";
+import { Grid } from "../grid.js";
 import { bytes, duration, plainText } from "../pure.js";
 import { RunState, Tags, rewardOf } from "./runs.js";
 
-const ROW = 34; // pixels, as in app.css
 const PAGE = 1000; // calls of one request, without bodies
 const SHOWN = 20; // messages that are rendered at first
 const FOLDED = 1500; // characters of a part that are rendered at first
@@ -48,9 +48,11 @@ export default function Run() {
   const { data: run, error, reload } = useData(() => api("GET", path(id)), [id], 2);
   const { calls, error: failed } = useCalls(id, run);
   const [chosen, choose] = useParam("call");
+  const [hidden] = useParam("hide");
   const [dialog, setDialog] = useState(false);
   const [exported, setExported] = useState(/** @type {any} */ (null));
   const branches = useMemo(() => branchesOf(calls), [calls]);
+  const context = useMemo(() => ({ branches }), [branches, hidden]); // links of rows contain the other parameters
   const title = html`<div class="title"><h1>${run ? plainText(run.name || run.id) : id}</h1>${run && html`<${RunState} run=${run} />`}<span class="grow"></span>
     ${run && run.state === "active" && can("create") && html`<button type="button" class="danger" onClick=${() => setDialog(true)}>End the run</button>`}</div>`;
   if (error && !run) return html`${title}<${Problem} error=${error} /><p><${Link} to="/ui/runs">Show all runs<//></p>`;
@@ -69,7 +71,7 @@ export default function Run() {
       ["Budget left", html`<span class="budget">${budget(run)}</span>`], ["Reward", html`<span class="reward">${rewardOf(run) || "none"}</span>`], ["Reward valid", run.reward_valid === null || run.reward_valid === undefined ? "" : run.reward_valid ? "yes" : html`<span class="cause">no: an infrastructure error prevented it</span>`],
       ["Named rewards", Object.entries(run.rewards || {}).map(([name, value]) => html`<code>${plainText(name)}=${value}</code> `)], ["Weight version", run.weight_version && plainText(run.weight_version)], ["Tenant", run.tenant || "server owner"], ["Created", html`<${Time} at=${run.created_at} />`], ["Ended", run.ended_at && html`<${Time} at=${run.ended_at} />`], ["Tags", Object.keys(run.tags || {}).length ? html`<${Tags} tags=${run.tags} to="runs?tag" />` : ""]]} />
     <div class="row" role="group" aria-label="Export of the run">Export: ${Object.entries(FORMATS).map(([format, name]) => html`<button type="button" class="small" key=${format} onClick=${() => download(format)}>${name}</button>`)}</div><${Problem} error=${exported} />
-    <h2>Calls</h2>${calls.length ? html`<${Calls} calls=${calls} branches=${branches} chosen=${number} />` : html`<${Empty}>${run.counts.calls ? "Loading…" : "The agent has made no call. It calls the model at the address of the run with the secret of the run."}<//>`}
+    <h2>Calls</h2>${calls.length ? html`<${Grid} label="Calls" kind="calls" columns=${COLUMNS} rows=${calls} cells=${callCells} context=${context} chosen=${number} height=${360} />` : html`<${Empty}>${run.counts.calls ? "Loading…" : "The agent has made no call. It calls the model at the address of the run with the secret of the run."}<//>`}
     ${call && html`<${Conversation} id=${id} call=${call} about=${branches.get(number)} choose=${choose} key=${number} />`}
     <${Same} cli=${["rock", "runs", "calls", id]} http=${`GET ${path(id, "/calls")}`} /><${Same} cli=${["rock", "runs", "export", id]} http=${`GET ${path(id, "/trajectory?format=atif")}`} />
     ${dialog && html`<${End} id=${id} onClose=${() => { setDialog(false); reload(); }} />`}`;
@@ -103,24 +105,12 @@ function End(/** @type {any} */ { id, onClose }) {
 const COLUMNS = ["Call", "Branch", "Continues", "State", "Model", "Finish", "Tokens", "First byte", "Latency", "Error"];
 const milliseconds = (/** @type {number|null|undefined} */ end, /** @type {number} */ start) => (end ? `${Math.max(0, Math.round((end - start) * 1000))} ms` : "");
 
-function Calls(/** @type {any} */ { calls, branches, chosen }) {
-  const box = useRef(/** @type {any} */ (null));
-  const { first, last, onScroll } = useWindow(box, ROW, calls.length);
-  const id = here().parts[1];
-  const target = (/** @type {number} */ n) => { const { query } = here(); query.set("call", String(n)); return `/ui/run/${encodeURIComponent(id)}?${query}`; };
-  useEffect(() => {
-    const at = calls.findIndex((/** @type {any} */ c) => c.number === chosen) * ROW;
-    if (at >= 0 && (at < box.current.scrollTop || at > box.current.scrollTop + box.current.clientHeight - 2 * ROW)) box.current.scrollTop = at - 3 * ROW;
-  }, [chosen, calls.length > 0]);
-  return html`<div class="rows calls" ref=${box} tabindex="0" role="region" aria-label="Table of calls" style=${{ height: `${Math.min(360, (calls.length + 1) * ROW + 20)}px` }} onScroll=${onScroll}>
-    <div role="table" aria-label="Calls" aria-rowcount=${calls.length + 1} class="grid"><div role="rowgroup" class="headgroup"><div role="row" aria-rowindex="1" class="tr head">${COLUMNS.map((name) => html`<div role="columnheader" class="td">${name}</div>`)}</div></div>
-      <div role="rowgroup" class="space" style=${{ height: `${calls.length * ROW}px` }}>${calls.slice(first, last).map((/** @type {any} */ c, /** @type {number} */ i) => {
-        const about = branches.get(c.number);
-        const cells = [html`<${Link} to=${target(c.number)} aria-current=${c.number === chosen ? "true" : undefined}>${c.number}<//>`, about?.branch ?? "", c.parent ? `${c.parent}${branches.get(c.parent)?.children.length > 1 ? " (branches)" : ""}` : "",
-          html`<span class=${c.state === "failed" ? "cause" : ""}>${c.state}</span>`, plainText(c.upstream_model || c.model || ""), c.finish_reason || "", `${c.usage.prompt}${c.usage.cached ? ` (${c.usage.cached} cached)` : ""} + ${c.usage.completion}`,
-          milliseconds(c.first_byte, c.started), milliseconds(c.ended, c.started), c.error ? html`<span class="cause" title=${plainText(c.error)}>${c.error_kind || "error"}: ${plainText(c.error).slice(0, 200)}</span>` : c.retries ? `${c.retries} retries` : ""];
-        return html`<div role="row" aria-rowindex=${first + i + 2} key=${c.number} class=${`tr${c.number === chosen ? " chosen" : ""}`} style=${{ transform: `translateY(${(first + i) * ROW}px)` }}>${cells.map((cell) => html`<div role="cell" class="td">${cell}</div>`)}</div>`;
-      })}</div></div></div>`;
+const target = (/** @type {number} */ n) => { const { parts, query } = here(); query.set("call", String(n)); return `/ui/run/${encodeURIComponent(parts[1])}?${query}`; };
+
+function callCells(/** @type {any} */ c, /** @type {any} */ { branches }, /** @type {boolean} */ chosen) {
+  return [html`<${Link} to=${target(c.number)} aria-current=${chosen ? "true" : undefined}>${c.number}<//>`, branches.get(c.number)?.branch ?? "", c.parent ? `${c.parent}${branches.get(c.parent)?.children.length > 1 ? " (branches)" : ""}` : "",
+    html`<span class=${c.state === "failed" ? "cause" : ""}>${c.state}</span>`, plainText(c.upstream_model || c.model || ""), c.finish_reason || "", `${c.usage.prompt}${c.usage.cached ? ` (${c.usage.cached} cached)` : ""} + ${c.usage.completion}`,
+    milliseconds(c.first_byte, c.started), milliseconds(c.ended, c.started), c.error ? html`<span class="cause" title=${plainText(c.error)}>${c.error_kind || "error"}: ${plainText(c.error).slice(0, 200)}</span>` : c.retries ? `${c.retries} retries` : ""];
 }
 
 // ---- the conversation of one call ----
