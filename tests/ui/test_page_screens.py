@@ -218,7 +218,7 @@ def test_axe_finds_nothing(theme: str, web: RunningServer, boxes: list[Sandbox],
     paths = [*SCREENS, "sandboxes?group_by=image", "sandboxes?q=nothing-matches", f"sandbox/{boxes[2].sandbox_id}",
              *(f"sandbox/{box}?tab={tab}" for tab in ("overview", "processes", "files", "network", "timeline")),
              f"run/{run}", f"run/{run}?call=2", f"job/{job}?trial=4", f"job/{job}?against={job}", "runs?state=active",
-             "jobs?q=nothing-matches", f"watch/{box}?process={boxes[0].processes.list()[0].process_id}",
+             "jobs?q=nothing-matches", f"watch/{box}?process={boxes[0].processes.list()[0].id}",
              f"compare?a={box}&b={boxes[1].sandbox_id}", f"terminal/{box}", "environments?env=game:GuessTheNumber-v0",
              "nothing"]  # fmt: skip
     for path in paths:
