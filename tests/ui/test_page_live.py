@@ -32,7 +32,8 @@ def test_a_process_is_watched_without_the_right_to_type(web: RunningServer, box:
     """The view shows output while the program runs, and sends nothing, also when output has queries and links."""
     hostile = "\x1b]0;title\x07\x1b]8;;https://example.test/\x07link\x1b]8;;\x07\x1b[c\x1b[6n" + ATTACK
     box.files.write("/tmp/hostile", hostile)
-    script = "cat /tmp/hostile; echo; echo begin; while ! [ -e /tmp/go ]; do sleep 0.1; done; timeout 1 cat; echo end; exit 3"
+    script = ("cat /tmp/hostile; echo; echo begin; while ! [ -e /tmp/go ]; do sleep 0.1; done; timeout 1 cat; "
+              "echo end; exit 3")  # fmt: skip
     process = box.processes.start(["sh", "-c", script])
     page = sign_in(open_page(), web, path=f"/ui/sandbox/{box.sandbox_id}?tab=processes")
     requests: list[str] = []
