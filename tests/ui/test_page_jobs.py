@@ -72,6 +72,7 @@ def test_a_job_is_followed_compared_and_cancelled(web: RunningServer, open_page:
         assert client.jobs.get(first.job_id).counts.cancelled == 3
 
 
+@full
 def test_text_of_a_job_is_only_text(web: RunningServer, open_page: Open) -> None:
     with Client(web.url, OWNER) as client:
         job = client.jobs.create(ATTACK, [JobTask(name=ATTACK)], 2, labels={ATTACK: ATTACK})

@@ -150,7 +150,7 @@ def test_logs_are_read_by_range(web: RunningServer, boxes: list[Sandbox], open_p
     log.get_by_text("line 39999").wait_for()
     assert len(log.inner_text()) < 70_000
     page.get_by_role("button", name="Earlier").click()
-    until(page, "!document.querySelector('pre[aria-label=\"Log\"]').textContent.includes('line 39999')")
+    until(page, "document.querySelector('pre[aria-label=\"Log\"]')?.textContent.includes('line 39999') === false")
     assert "offset=" in page.url
 
 
