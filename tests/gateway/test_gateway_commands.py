@@ -51,6 +51,8 @@ def test_upstreams_and_runs(server: RunningServer, upstream: FakeUpstream, tmp_p
     rock(server, "upstream", "set", "u0", upstream.url, "--key-stdin", input=" \n", code=1)
     assert run.id in rock(server, "runs", "ls", "--tag", "n=2")
     assert run.id not in rock(server, "runs", "ls", "--tag", "n=1")
+    assert run.id in rock(server, "runs", "ls", "--upstream", "u2")
+    assert run.id not in rock(server, "runs", "ls", "--upstream", "u1")
     assert json.loads(rock(server, "runs", "show", run.id))["counts"]["done"] == 1
     assert "openai-chat" in rock(server, "runs", "calls", run.id)
     (call,) = json.loads(rock(server, "runs", "calls", run.id, "--json", "--bodies"))

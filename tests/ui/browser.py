@@ -1,7 +1,7 @@
 """Chromium for the tests of the web page, driven by playwright; with what they need, kept in ROCK_TEST_CACHE.
 
 playwright is 130 MB with its driver, so it is no part of the development lock: it is installed with pip into a folder
-of its own. Chromium is Debian's package, axe-core a pinned package of npm.
+of its own. Chromium is Debian's package, axe-core and TypeScript pinned packages of npm.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ CACHE = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock
 PLAYWRIGHT = "playwright==1.65.2"
 AXE = "axe-core@4.14.1"
 AXE_DIGEST = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
+TYPESCRIPT = "typescript@5.9.3"
+TYPESCRIPT_DIGEST = "jl1vZzPDinLr9eUt3J/t7V6FgNEw9QjvBPdysz9KfQDD41fQrC2Y4vKQdiaUpFT4bXlb1RHhLpp8wtm6M5TgSw=="
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 
@@ -60,23 +62,35 @@ def playwright() -> Any:
     return sync_playwright
 
 
-def axe() -> str:
-    """The source of axe-core. Missing."""
-    folder = CACHE / AXE
-    if not (folder / "axe.min.js").exists():
+def _npm(package: str, digest: str) -> Path:
+    """The folder of an unpacked package of npm, whose SHA-512 is checked. Missing."""
+    folder = CACHE / package
+    if not (folder / "package").exists():
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.which("npm") is None:
-            raise Missing(f"there is no npm to fetch {AXE}: apt-get install npm")
-        done = subprocess.run(["npm", "pack", "--silent", AXE], cwd=folder, capture_output=True, timeout=300)
-        tarball = folder / f"{AXE.replace('@', '-')}.tgz"
+            raise Missing(f"there is no npm to fetch {package}: apt-get install npm")
+        done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True, timeout=300)
+        tarball = folder / f"{package.replace('@', '-')}.tgz"
         if done.returncode or not tarball.exists():
-            raise Missing(f"{AXE} cannot be fetched with npm")
-        assert base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode() == AXE_DIGEST
+            raise Missing(f"{package} cannot be fetched with npm")
+        assert base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode() == digest
         with tarfile.open(tarball) as archive:
-            source = archive.extractfile("package/axe.min.js")
-            assert source is not None
-            (folder / "axe.min.js").write_bytes(source.read())
-    return (folder / "axe.min.js").read_text()
+            archive.extractall(folder / "part", filter="data")
+        (folder / "part" / "package").rename(folder / "package")
+        tarball.unlink()
+    return folder / "package"
+
+
+def axe() -> str:
+    """The source of axe-core. Missing."""
+    return (_npm(AXE, AXE_DIGEST) / "axe.min.js").read_text()
+
+
+def typescript() -> list[str]:
+    """The command of the TypeScript compiler. Missing."""
+    if shutil.which("node") is None:
+        raise Missing("there is no node: apt-get install nodejs")
+    return ["node", str(_npm(TYPESCRIPT, TYPESCRIPT_DIGEST) / "bin" / "tsc")]
 
 
 # Chromium reports a failed request on the console too; a test that provokes one names its status.
@@ -90,6 +104,34 @@ def until(page: Any, expression: str, seconds: float = 20.0) -> None:
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"not true within {seconds:g} s: {expression}"
         page.wait_for_timeout(50)
+
+
+# Scroll the table of a screen for 8 seconds, and return the time of each frame in milliseconds.
+_SCROLL = """async () => {
+    const box = document.querySelector('.rows'), times = [];
+    let last = performance.now();
+    const end = last + 8000;
+    while (last < end) {
+        await new Promise(requestAnimationFrame);
+        const now = performance.now();
+        times.push(now - last);
+        last = now;
+        box.scrollTop = (box.scrollTop + 220) % (box.scrollHeight - box.clientHeight);
+    }
+    return times;
+}"""
+
+
+def frame_time(page: Any, budget: float) -> float:
+    """The 95th percentile of frame times in milliseconds while the table of a screen scrolls. Other programs delay
+    frames too, so a time over the budget is measured again, up to twice; the result is the smallest one."""
+    found: list[float] = []
+    while len(found) < 3 and (not found or found[-1] > budget):
+        times = sorted(page.evaluate(_SCROLL))
+        found.append(times[int(len(times) * 0.95)])
+        print(f"{len(times)} frames, p50 {times[len(times) // 2]:.1f} ms, p95 {found[-1]:.1f} ms, "
+              f"load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    return min(found)
 
 
 class Watched:

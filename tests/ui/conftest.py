@@ -79,3 +79,11 @@ def tenant_key(server: RunningServer, tenant: str, scopes: list[str] | None = No
         spec: dict[str, Any] = {"name": f"key of {tenant}", "tenant": tenant}
         made = client.create_key(CreateKey.model_validate(spec | ({"scopes": scopes} if scopes else {})))
     return made.id, made.key
+
+
+def not_attacked(page: Any) -> None:
+    """Text of this page has run no script and made no element."""
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.attacked") is None
+    assert page.locator("main img").count() == 0
+    assert page.locator("main script").count() == 0

@@ -65,3 +65,48 @@ test("metrics and sizes", () => {
   assert.equal(bytes(1536), "1.5 KiB");
   assert.equal(bytes(null), "");
 });
+
+test("calls of a run: branches, merged pages, messages of any type", async () => {
+  const { branchesOf, mergedCalls, messagesOf, settledUpTo } = await import("../../src/rock/ui/static/calls.js");
+  const calls = [[1], [2, 1], [3], [4, 2], [5, 2], [6, 5]].map(([number, parent]) => ({ number, parent: parent ?? null, state: "done" }));
+  const found = branchesOf(calls);
+  assert.deepEqual(calls.map((c) => found.get(c.number).branch), [1, 1, 2, 1, 3, 3]);
+  assert.deepEqual(found.get(2).children, [4, 5]);
+  assert.equal(settledUpTo([]), 0);
+  assert.equal(settledUpTo([{ number: 1, state: "done" }, { number: 2, state: "running" }, { number: 3, state: "done" }]), 1);
+  assert.deepEqual(mergedCalls(calls.slice(0, 3), [{ number: 3, state: "new" }, { number: 4 }]).map((c) => c.state), ["done", "done", "new", undefined]);
+  const tool = { id: "c", type: "function", function: { name: "sh", arguments: '{"command":"ls"}' } };
+  const messages = messagesOf({ messages: [{ role: "system", content: "s" }, { role: "user", content: [{ type: "text", text: "a" }, { type: "image_url", image_url: { url: "https://x.test/" } }] },
+    { role: "assistant", content: null, tool_calls: [tool] }, { role: "tool", tool_call_id: "c", content: "out" }] }, { choices: [{ message: { role: "assistant", reasoning_content: "why", content: "answer" } }] });
+  assert.deepEqual(messages.map((m) => m.parts.map((p) => p.kind)), [["text"], ["text", "media"], ["call"], ["result"], ["reasoning", "text"]]);
+  assert.equal(messages[2].parts[0].text, '{\n  "command": "ls"\n}');
+  assert.ok(messages[4].answer);
+  for (const odd of [null, 5, "text", [], [null, 5, { text: 5 }], { constructor: 1 }, { type: "div", props: {}, __v: 1 }]) {
+    for (const m of messagesOf({ messages: [odd, { role: odd, content: odd, tool_calls: odd, reasoning: odd, tool_call_id: odd }] }, { choices: [odd, { message: odd }] })) {
+      assert.equal(typeof m.role, "string");
+      for (const part of m.parts) assert.ok([part.kind, part.name, part.text].every((value) => typeof value === "string"));
+    }
+  }
+  messagesOf(null, null);
+  messagesOf({ messages: "x" }, { choices: "x" });
+});
+
+test("the order of rows, memory as text, and model calls on a timeline", async () => {
+  const { memoryText, orderOf, timelineOf } = await import("../../src/rock/ui/static/pure.js");
+  const kept = {};
+  const rows = new Map([["a", { sandbox_id: "a", created_at: 1 }], ["b", { sandbox_id: "b", created_at: 3 }]]);
+  assert.deepEqual(orderOf(kept, rows).map((r) => r.sandbox_id), ["b", "a"]);
+  const { ids } = kept;
+  rows.set("a", { sandbox_id: "a", created_at: 1, state: "stopped" });
+  assert.equal(orderOf(kept, rows)[1].state, "stopped");
+  assert.equal(kept.ids, ids);
+  rows.delete("b");
+  rows.set("c", { sandbox_id: "c", created_at: 9 });
+  assert.deepEqual(orderOf(kept, rows).map((r) => r.sandbox_id), ["c", "a"]);
+  assert.deepEqual(["512m", "1.5g", "2GiB", "123", "", null].map(memoryText), ["512 MiB", "1.5 GiB", "2 GiB", "123", "", ""]);
+  const events = timelineOf({ info: { created_at: 1, image: "i" }, processes: [], connections: [], outputs: {}, runs: [
+    { run: { reward: 0, reward_valid: true, ended_at: 9, rewards: { style: 1 } }, calls: [{ number: 1, started: 2, state: "failed", error: "broken" }] },
+    { run: { reward: null, reward_valid: false, ended_at: 8, reason: "lost" }, calls: [] }, { run: { ended_at: null }, calls: [] }] });
+  assert.deepEqual(events.map((e) => e.title), ["created", "model call 1 of run 1: failed", "no valid reward of run 2", "reward 0, style=1 of run 1"]);
+  assert.equal(events[1].text, "broken");
+});

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 from tests.conftest import IMAGE, RunningServer
 from tests.ui.browser import Watched
-from tests.ui.conftest import OWNER, sign_in, tenant_key
+from tests.ui.conftest import OWNER, not_attacked, sign_in, tenant_key
 
 from rock.errors import RockError
 from rock.sync import Sandbox, SandboxConfig
@@ -25,13 +25,6 @@ from rock.sync import Sandbox, SandboxConfig
 Open = Callable[[], Watched]
 ATTACK = "<img src=x onerror=\"window.attacked=1;alert('xss')\"><script>window.attacked=1</script>"
 full = pytest.mark.skipif(not os.environ.get("ROCK_TEST_UI"), reason="drives a browser for minutes: `make ui`")
-
-
-def _not_attacked(page: Any) -> None:
-    page.wait_for_timeout(300)
-    assert page.evaluate("window.attacked") is None
-    assert page.locator("main img").count() == 0
-    assert page.locator("main script").count() == 0
 
 
 def test_hostile_text_is_only_text(web: RunningServer, open_page: Open) -> None:
@@ -47,24 +40,24 @@ def test_hostile_text_is_only_text(web: RunningServer, open_page: Open) -> None:
         watched = open_page()
         page = sign_in(watched, web, path="/ui/sandboxes")
         page.get_by_role("row").filter(has_text=ATTACK[:20]).first.wait_for()
-        _not_attacked(page)
+        not_attacked(page)
         page.goto(f"{web.url}/ui/sandboxes?group_by=experiment_id&q={quote(ATTACK)}&image={quote(ATTACK)}")
         page.get_by_role("link", name="Remove the filters").wait_for()
-        _not_attacked(page)
+        not_attacked(page)
         page.goto(f"{web.url}/ui/sandbox/{box.sandbox_id}")
         page.get_by_text(ATTACK).first.wait_for()
-        _not_attacked(page)
+        not_attacked(page)
         page.goto(f"{web.url}/ui/sandbox/{box.sandbox_id}?tab=processes&process={process.id}")
         page.locator("pre.output").get_by_text("onerror").wait_for()
-        _not_attacked(page)
+        not_attacked(page)
         page.get_by_label("Command", exact=True).fill("printf '%s' '<img src=x onerror=alert(1)>'")
         page.get_by_role("button", name="Run", exact=True).click()
         page.locator("pre.output").first.get_by_text("<img").wait_for()
-        _not_attacked(page)
+        not_attacked(page)
         page.goto(f"{web.url}/ui/sandbox/{box.sandbox_id}?tab=files&path=/tmp")
         page.get_by_role("button", name=ATTACK.replace("/", "-"), exact=True).click()
         page.locator("pre.file").get_by_text("onerror").wait_for()
-        _not_attacked(page)
+        not_attacked(page)
         page.goto(f"{web.url}/ui/sandbox/{box.sandbox_id}?tab=timeline")
         page.get_by_text("exit 0").wait_for()
         with page.expect_download() as waiting:
@@ -73,7 +66,7 @@ def test_hostile_text_is_only_text(web: RunningServer, open_page: Open) -> None:
         assert "<script" not in text and "<img" not in text and "&#60;img" in text
         page.goto(f"{web.url}/ui/{quote(ATTACK)}/{quote(ATTACK)}")
         page.get_by_text("There is no screen").wait_for()
-        _not_attacked(page)
+        not_attacked(page)
         # A file opened as a document has no scripts and not the origin of the page.
         box.files.write("/tmp/page.html", "<script>parent.attacked=1;document.title='ran'</script><p>text")
         watched.allowed = {"net"}

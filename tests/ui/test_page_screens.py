@@ -15,13 +15,17 @@ import pytest
 from tests.conftest import IMAGE, RunningServer, hosting
 from tests.ui.browser import Missing, Watched, axe, until
 from tests.ui.conftest import OWNER, sign_in, tenant_key
+from tests.ui.test_page_jobs import finish
+from tests.ui.test_page_runs import branching
 
+from rock.protocol.jobs import JobTask
 from rock.sync import Client, Sandbox, SandboxConfig
 
 pytestmark = pytest.mark.skipif(not os.environ.get("ROCK_TEST_UI"), reason="drives a browser for minutes: `make ui`")
 Open = Callable[[], Watched]
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-SCREENS = ("sandboxes", "environments", "training", "images", "workers", "keys", "audit", "cluster")
+SCREENS = ("sandboxes", "runs", "jobs", "environments", "training", "images", "workers", "keys", "audit",
+           "cluster")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,32 @@ def boxes(web: RunningServer) -> Iterator[list[Sandbox]]:
     yield made
     for sandbox in made[:2]:
         sandbox.stop()
+
+
+@pytest.fixture(scope="module")
+def trajectory(web: RunningServer) -> tuple[str, str]:
+    """Ids of a run with branches and of a job with failed trials."""
+    with Client(web.url, OWNER) as client:
+        run = branching(client, name="sort-files", tags={"task": "sort", "group": "g1"},
+                        budget={"calls": 40, "tokens": 100_000})  # fmt: skip
+        run.end(0.5, rewards={"tests": 1.0, "style": 0.0}, reason="the tests of the task passed")
+        job = client.jobs.create("nightly", [JobTask(name=f"sort-{n}") for n in range(12)], 4,
+                                 labels={"suite": "nightly"})  # fmt: skip
+        finish(client, job.job_id, 40, lambda number: None if number % 9 == 4 else float(number % 3 != 0),
+               sandbox_id=f"job-{job.job_id}-1-0", run_id=run.id)  # fmt: skip
+    return run.id, job.job_id
+
+
+def test_screens_of_runs_and_jobs(web: RunningServer, trajectory: tuple[str, str], open_page: Open) -> None:
+    run, job = trajectory
+    page = sign_in(open_page(), web, path=f"/ui/run/{run}?call=2")
+    page.locator(".conversation").get_by_text("Two files only.").wait_for()
+    _shot(page, "page-run")
+    page.goto(f"{web.url}/ui/job/{job}")
+    page.locator(".progress").get_by_text("40 of 48").wait_for()
+    page.get_by_role("table", name="Trials").get_by_text("sort-0").first.wait_for()
+    page.wait_for_timeout(300)
+    _shot(page, "page-job")
 
 
 def _shot(page: Any, name: str) -> None:
@@ -120,7 +150,7 @@ def test_logs_are_read_by_range(web: RunningServer, boxes: list[Sandbox], open_p
     log.get_by_text("line 39999").wait_for()
     assert len(log.inner_text()) < 70_000
     page.get_by_role("button", name="Earlier").click()
-    until(page, "!document.querySelector('pre[aria-label=\"Log\"]').textContent.includes('line 39999')")
+    until(page, "document.querySelector('pre[aria-label=\"Log\"]')?.textContent.includes('line 39999') === false")
     assert "offset=" in page.url
 
 
@@ -169,7 +199,8 @@ def _violations(page: Any, source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing(theme: str, web: RunningServer, boxes: list[Sandbox], chrome: Any) -> None:
+def test_axe_finds_nothing(theme: str, web: RunningServer, boxes: list[Sandbox], trajectory: tuple[str, str],
+                           chrome: Any) -> None:  # fmt: skip
     try:
         source = axe()
     except Missing as reason:
@@ -183,8 +214,11 @@ def test_axe_finds_nothing(theme: str, web: RunningServer, boxes: list[Sandbox],
     found = {"login": _violations(page, source)}
     sign_in(watched, web)
     box = boxes[0].sandbox_id
+    run, job = trajectory
     paths = [*SCREENS, "sandboxes?group_by=image", "sandboxes?q=nothing-matches", f"sandbox/{boxes[2].sandbox_id}",
              *(f"sandbox/{box}?tab={tab}" for tab in ("overview", "processes", "files", "network", "timeline")),
+             f"run/{run}", f"run/{run}?call=2", f"job/{job}?trial=4", f"job/{job}?against={job}", "runs?state=active",
+             "jobs?q=nothing-matches", f"watch/{box}?process={boxes[0].processes.list()[0].id}",
              f"compare?a={box}&b={boxes[1].sandbox_id}", f"terminal/{box}", "environments?env=game:GuessTheNumber-v0",
              "nothing"]  # fmt: skip
     for path in paths:
@@ -203,14 +237,14 @@ def test_axe_finds_nothing(theme: str, web: RunningServer, boxes: list[Sandbox],
 
 @pytest.mark.parametrize(("width", "height", "scale"), [(390, 844, 1.0), (640, 400, 2.0)], ids=["phone", "zoom-200"])
 def test_small_widths(width: int, height: int, scale: float, web: RunningServer, boxes: list[Sandbox],
-                      chrome: Any) -> None:  # fmt: skip
+                      trajectory: tuple[str, str], chrome: Any) -> None:  # fmt: skip
     """A phone; and 200 % zoom of 1280 pixels, which is half of the width at twice the density. Nothing scrolls
     sideways but tables."""
     context = chrome.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale)
     watched = Watched(context.new_page())
     page = sign_in(watched, web)
     for path in (*SCREENS, f"sandbox/{boxes[0].sandbox_id}", f"sandbox/{boxes[0].sandbox_id}?tab=files",
-                 f"terminal/{boxes[0].sandbox_id}"):  # fmt: skip
+                 f"run/{trajectory[0]}", f"job/{trajectory[1]}", f"terminal/{boxes[0].sandbox_id}"):  # fmt: skip
         page.goto(f"{web.url}/ui/{path}")
         page.get_by_role("heading", level=1).wait_for()
         page.wait_for_timeout(700)

@@ -115,7 +115,7 @@ class GatewayRoutes:
         return answer_model(info, 201)
 
     async def list_runs(self, request: Request) -> Answer:
-        filters: dict[str, Any] = {name: request.query[name] for name in ("state", "sandbox", "name")
+        filters: dict[str, Any] = {name: request.query[name] for name in ("state", "sandbox", "upstream", "name")
                                    if request.query.get(name)}  # fmt: skip
         if filters.get("state") not in (None, "active", "ended"):
             raise InvalidConfig(f"query state={filters['state'][:40]!r} is no state of a run", hint="active or ended")

@@ -294,7 +294,7 @@ class Gateway:
         return run
 
     def list(self, caller: Caller, *, limit: int, after: str | None, **filters: Any) -> RunList:
-        """Runs, newest first. filters: state, sandbox, name, tags. after: the last id of the page before."""
+        """Runs, newest first. filters: state, sandbox, upstream, name, tags. after: the last id of the page before."""
         tags: dict[str, str] = filters.get("tags") or {}
         mine = [run for run in self.runs.values() if caller.tenant is None or run.tenant == caller.tenant]
         mine.sort(key=lambda run: (run.created_at, run.id), reverse=True)
@@ -306,6 +306,7 @@ class Gateway:
         found = [
             run for run in mine
             if filters.get("state") in (None, run.state) and filters.get("sandbox") in (None, run.spec.sandbox)
+            and filters.get("upstream") in (None, run.spec.upstream)
             and filters.get("name") in (None, run.spec.name)
             and all(run.tags.get(name) == value for name, value in tags.items())
         ]  # fmt: skip

@@ -29,7 +29,7 @@ def gateway_rows() -> Iterator[Route]:
     yield row("create_run", "POST", "/v1/runs", "control",
               "Create a run: an agent on a task, with a secret for the model endpoint", "RunSpec", "RunInfo")
     yield row("list_runs", "GET", "/v1/runs", "control", "List runs, newest first",
-              "?state ?sandbox ?tag=k=v ?name ?limit ?after", "RunList")
+              "?state ?sandbox ?upstream ?tag=k=v ?name ?limit ?after", "RunList")
     yield row("get_run", "GET", _R, "control", "A run", "", "RunInfo")
     yield row("update_run", "PATCH", _R, "control", "Change tags or the weight version of an active run", "UpdateRun",
               "RunInfo")

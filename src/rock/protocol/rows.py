@@ -214,7 +214,8 @@ def control_rows() -> Iterator[Route]:
     j = "/v1/jobs/{job_id}"
     yield row("create_job", "POST", "/v1/jobs", "control", "Create a job with its trials", "CreateJob", "JobInfo")
     yield row("list_jobs", "GET", "/v1/jobs", "control", "List jobs, newest first", "?label=k=v ?limit", "JobList")
-    yield row("get_job", "GET", j, "control", "A job with its configuration and tasks", "", "JobDetail")
+    yield row("get_job", "GET", j, "control", "A job; ?tasks=0 without its configuration and tasks", "?tasks",
+              "JobDetail")  # fmt: skip
     yield row("list_trials", "GET", j + "/trials", "control", "List trials of a job by number", "?after ?limit",
               "TrialList")  # fmt: skip
     yield row("claim_trials", "POST", j + "/claim", "control", "Lease trials of a job to a runner", "ClaimTrials",

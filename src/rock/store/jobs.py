@@ -72,7 +72,9 @@ class Jobs(Protocol):
         """Jobs, newest first."""
         ...
 
-    async def get(self, job_id: str, tenant: str | None) -> JobDetail: ...
+    async def get(self, job_id: str, tenant: str | None, tasks: bool = True) -> JobDetail:
+        """A job; tasks=False leaves out its configuration and tasks, which can have 16 MiB."""
+        ...
 
     async def trials(self, job_id: str, tenant: str | None, after: int = 0, limit: int = PAGE) -> TrialList: ...
 
@@ -196,13 +198,15 @@ def _list(tenant: str | None, label: tuple[str, str] | None, limit: int) -> Step
     return found
 
 
-def _get(now: float, job_id: str, tenant: str | None) -> Steps[JobDetail]:
+def _get(now: float, job_id: str, tenant: str | None, tasks: bool) -> Steps[JobDetail]:
     job = yield from _load(job_id, tenant)
     if job[6] and job[5] is None:  # cancelled, but not final: its runners may be gone
         yield from _load(job_id, tenant, lock=True)
         yield from _drop(now, job_id, False)
         yield from _end_if_complete(now, job_id)
     info = yield from _info(job_id, tenant)
+    if not tasks:
+        return JobDetail(**info.model_dump())
     rows = yield "SELECT spec FROM job WHERE id = $1", (job_id,)
     spec = json.loads(rows[0][0])
     return JobDetail(**info.model_dump(), config=spec["config"], task_list=spec["tasks"])
@@ -381,8 +385,8 @@ class _Operations:
     ) -> Sequence[JobInfo]:
         return await self._run(lambda _: _list(tenant, label, limit))
 
-    async def get(self, job_id: str, tenant: str | None) -> JobDetail:
-        return await self._run(lambda now: _get(now, job_id, tenant))
+    async def get(self, job_id: str, tenant: str | None, tasks: bool = True) -> JobDetail:
+        return await self._run(lambda now: _get(now, job_id, tenant, tasks))
 
     async def trials(self, job_id: str, tenant: str | None, after: int = 0, limit: int = PAGE) -> TrialList:
         return await self._run(lambda _: _trials(job_id, tenant, after, limit))

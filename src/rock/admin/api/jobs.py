@@ -66,9 +66,9 @@ def add_routes(app: FastAPI, jobs: Jobs) -> None:
         return _json(JobList(items=list(await jobs.list(caller_of(request.scope).tenant, wanted, limit))))
 
     @app.get(**_row("get_job", JobDetail))
-    async def get_job(request: Request, job_id: JobId) -> Response:
-        """A job with its configuration and its tasks."""
-        return _json(await jobs.get(job_id, caller_of(request.scope).tenant))
+    async def get_job(request: Request, job_id: JobId, tasks: bool = True) -> Response:
+        """A job with its configuration and its tasks; `tasks=0` leaves them out."""
+        return _json(await jobs.get(job_id, caller_of(request.scope).tenant, tasks))
 
     @app.get(**_row("list_trials", TrialList))
     async def list_trials(

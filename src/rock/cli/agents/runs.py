@@ -28,16 +28,23 @@ def runs() -> None:
 @runs.command("ls", example="rock runs ls --tag group=g1")
 @click.option("--state", type=click.Choice(["active", "ended"]), help="Only runs of this state.")
 @click.option("--sandbox", help="Only runs of this sandbox.")
+@click.option("--upstream", help="Only runs of this upstream.")
 @click.option("--tag", multiple=True, metavar="NAME=VALUE", help="Only runs with this tag; repeatable.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="Number of runs.")
 @json_option
 @_whole
 def list_runs(
-    state: str | None, sandbox: str | None, tag: tuple[str, ...], limit: int, json_: bool, no_trunc: bool
+    state: str | None,
+    sandbox: str | None,
+    upstream: str | None,
+    tag: tuple[str, ...],
+    limit: int,
+    json_: bool,
+    no_trunc: bool,
 ) -> None:
     """List runs, newest first."""
     tags = dict(_pair(text) for text in tag)
-    found = client().runs.list(state=state, sandbox=sandbox, tags=tags, limit=limit)
+    found = client().runs.list(state=state, sandbox=sandbox, upstream=upstream, tags=tags, limit=limit)
     if json_:
         as_json([item.model_dump(mode="json") for item in found])
         return

@@ -176,24 +176,24 @@ class Runs:
         return Run(self._transport, parse(RunInfo, self._transport.json("GET", target)))
 
     def list(
-        self, *, state: str | None = None, sandbox: str | None = None, name: str | None = None,
-        tags: Mapping[str, str] | None = None, limit: int | None = None,
+        self, *, state: str | None = None, sandbox: str | None = None, upstream: str | None = None,
+        name: str | None = None, tags: Mapping[str, str] | None = None, limit: int | None = None,
     ) -> list[RunInfo]:  # fmt: skip
         """Runs, newest first; all when `limit` is None."""
         found: list[RunInfo] = []
-        for info in self._pages(state, sandbox, name, tags or {}):
+        for info in self._pages(
+            {"state": state, "sandbox": sandbox, "upstream": upstream, "name": name}, tags or {}
+        ):
             found.append(info)
             if limit is not None and len(found) >= limit:
                 break
         return found
 
-    def _pages(
-        self, state: str | None, sandbox: str | None, name: str | None, tags: Mapping[str, str]
-    ) -> Iterator[RunInfo]:
+    def _pages(self, filters: Mapping[str, str | None], tags: Mapping[str, str]) -> Iterator[RunInfo]:
         after: str | None = None
         while True:
             query: dict[str, object] = {
-                "state": state, "sandbox": sandbox, "name": name, "after": after, "limit": _PAGE,
+                **filters, "after": after, "limit": _PAGE,
                 "tag": [f"{key}={value}" for key, value in tags.items()] or None,
             }  # fmt: skip
             target = ROUTES["list_runs"].path + query_string(query)

@@ -1,11 +1,11 @@
 // What all screens share: rendering, the API, navigation, and the common parts of a screen.
-import { h, render, Fragment } from "./vendor/preact.js";
+import { h, render, Component, Fragment } from "./vendor/preact.js";
 import { useState, useEffect, useRef, useMemo, useCallback } from "./vendor/hooks.js";
 import htm from "./vendor/htm.js";
-import { shellWord } from "./pure.js";
+import { shellWord, windowOf } from "./pure.js";
 
 export const html = htm.bind(h);
-export { h, render, Fragment, useState, useEffect, useRef, useMemo, useCallback };
+export { h, render, Component, Fragment, useState, useEffect, useRef, useMemo, useCallback };
 
 // ---- API ----
 
@@ -120,7 +120,7 @@ export function Problem(/** @type {{error: any}} */ { error }) {
 
 export function Empty(/** @type {any} */ { children }) { return html`<p class="empty">${children}</p>`; }
 
-const SHAPES = { running: "●", pending: "◔", stopping: "◑", stopped: "○", archiving: "◓", archived: "▣", deleted: "×", ready: "●", draining: "◑", unreachable: "△", lost: "×" };
+const SHAPES = { running: "●", pending: "◔", stopping: "◑", stopped: "○", archiving: "◓", archived: "▣", deleted: "×", ready: "●", draining: "◑", unreachable: "△", lost: "×", completed: "✓", failed: "!", cancelled: "–" };
 export function StateMark(/** @type {{state: string}} */ { state }) {
   return html`<span class=${`state state-${state}`}><span aria-hidden="true">${SHAPES[/** @type {keyof typeof SHAPES} */ (state)] || "•"}</span> ${state}</span>`;
 }
@@ -168,6 +168,29 @@ export function Table(/** @type {any} */ { label, columns, rows, empty }) {
   return html`<div class="scroll" tabindex="0" role="region" aria-label=${label}><table><caption class="hidden">${label}</caption>
     <thead><tr>${columns.map((/** @type {any} */ c) => html`<th scope="col">${c[0]}</th>`)}</tr></thead>
     <tbody>${rows.map((/** @type {any} */ row) => html`<tr>${columns.map((/** @type {any} */ c) => html`<td>${c[1](row)}</td>`)}</tr>`)}</tbody></table></div>`;
+}
+
+/** Names and values; rows without a value are left out. */
+export function Facts(/** @type {{rows: [string, any][]}} */ { rows }) {
+  return html`<dl class="facts">${rows.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`;
+}
+
+/** The window of rows of a scrolled box. It renders when the window changes, which is not each scroll event.
+ * @param {{current: any}} box @param {number} rowHeight @param {number} count */
+export function useWindow(box, rowHeight, count) {
+  const [view, setView] = useState({ first: 0, last: 24 });
+  const onScroll = () => {
+    if (!box.current) return;
+    const found = windowOf(box.current.scrollTop, box.current.clientHeight, rowHeight, Number.MAX_SAFE_INTEGER);
+    setView((old) => (old.first === found.first && old.last === found.last ? old : found));
+  };
+  useEffect(() => {
+    onScroll();
+    const observer = new ResizeObserver(onScroll);
+    observer.observe(box.current);
+    return () => observer.disconnect();
+  }, []);
+  return { first: Math.min(view.first, count), last: Math.min(view.last, count), onScroll };
 }
 
 export function Field(/** @type {any} */ { label, hint, children, ...rest }) {

@@ -4,6 +4,8 @@ import { ApiError, Field, Link, Problem, api, can, go, here, html, onSignedOut, 
 /** name of the URL -> [title, module, scope that it needs] */
 const SCREENS = {
   sandboxes: ["Sandboxes", () => import("./screens/sandboxes.js"), "read"],
+  runs: ["Runs", () => import("./screens/runs.js"), "read"],
+  jobs: ["Jobs", () => import("./screens/jobs.js"), "read"],
   environments: ["Environments", () => import("./screens/environments.js"), "read"],
   training: ["Training sets", () => import("./screens/training.js"), "read"],
   images: ["Images", () => import("./screens/images.js"), "read"],
@@ -15,7 +17,10 @@ const SCREENS = {
 /** screens without an entry in the navigation */
 const OTHERS = {
   sandbox: ["Sandbox", () => import("./screens/sandbox.js"), "sandboxes"],
+  run: ["Run", () => import("./screens/run.js"), "runs"],
+  job: ["Job", () => import("./screens/job.js"), "jobs"],
   terminal: ["Terminal", () => import("./screens/terminal.js"), "sandboxes"],
+  watch: ["Watch", () => import("./screens/watch.js"), "sandboxes"],
   compare: ["Compare", () => import("./screens/compare.js"), "sandboxes"],
 };
 

@@ -38,12 +38,28 @@ export function applyChanges(rows, message, names) {
 /** Whether a row contains every word of a search text, in its visible fields.
  * @param {Row} row @param {string} text */
 export function matchesSearch(row, text) {
+  if (!text) return true;
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
   if (!words.length) return true;
   const labels = Object.entries(row.labels || {}).map(([k, v]) => `${k}=${v}`).join(" ");
   const all = [row.sandbox_id, row.name, row.state, row.cause, row.image, row.tenant, row.worker, row.user_id,
     row.experiment_id, row.group, labels].filter(Boolean).join(" ").toLowerCase();
   return words.every((word) => all.includes(word));
+}
+
+/** Rows, newest first. The order is kept: it is made again when rows have come or gone, not when rows have changed.
+ * @param {{ids?: string[]}} kept @param {Map<string, Row>} rows @returns {Row[]} */
+export function orderOf(kept, rows) {
+  if (!kept.ids || kept.ids.length !== rows.size || !kept.ids.every((id) => rows.has(id))) {
+    kept.ids = [...rows.values()].sort((a, b) => b.created_at - a.created_at || (a.sandbox_id < b.sandbox_id ? 1 : -1)).map((row) => row.sandbox_id);
+  }
+  return kept.ids.map((id) => /** @type {Row} */ (rows.get(id)));
+}
+
+/** A memory limit of a configuration, as people read it: "512m" is "512 MiB". @param {string|null|undefined} text */
+export function memoryText(text) {
+  const found = /^(\d+(?:\.\d+)?)([kmgt])?(?:i?b)?$/i.exec(text || "");
+  return found && found[2] ? `${found[1]} ${found[2].toUpperCase()}iB` : text || "";
 }
 
 /** The window of rows to render. @returns {{first: number, last: number}} of rows, last exclusive
@@ -86,9 +102,9 @@ export function plainText(text) {
 }
 
 /** The events of a sandbox's life, oldest first, from responses of the API.
- * @param {{info: Row, processes: Row[], connections: Row[], outputs: Record<string, string>}} data
+ * @param {{info: Row, processes: Row[], connections: Row[], outputs: Record<string, string>, runs?: {run: Row, calls: Row[]}[]}} data
  * @returns {{at: number, kind: string, title: string, text: string}[]} */
-export function timelineOf({ info, processes, connections, outputs }) {
+export function timelineOf({ info, processes, connections, outputs, runs = [] }) {
   /** @type {{at: number, kind: string, title: string, text: string}[]} */ const events = [];
   const add = (/** @type {number|null|undefined} */ at, /** @type {string} */ kind, /** @type {string} */ title, text = "") => {
     if (at) events.push({ at, kind, title, text });
@@ -109,6 +125,18 @@ export function timelineOf({ info, processes, connections, outputs }) {
     add(c.at, "egress", `${c.allowed ? "connection" : "refused connection"} to ${c.host || c.address}:${c.port}`,
       c.allowed ? `${c.sent} bytes sent, ${c.received} bytes received` : c.reason || "");
   }
+  runs.forEach(({ run, calls }, place) => {
+    const of = runs.length > 1 ? ` of run ${place + 1}` : ""; // ids of runs differ between sandboxes that did the same
+    for (const call of calls) {
+      const used = call.usage || {};
+      add(call.started, "model", `model call ${call.number}${of}${call.model ? ` of ${call.model}` : ""}: ${call.state}${call.finish_reason ? `, ${call.finish_reason}` : ""}`,
+        call.error || `${used.prompt ?? 0} prompt tokens, ${used.completion ?? 0} completion tokens`);
+    }
+    const named = Object.entries(run.rewards || {}).map(([name, value]) => `${name}=${value}`).join(", ");
+    if (run.reward_valid === false) add(run.ended_at, "reward", `no valid reward${of}`, run.reason || "");
+    else if ((run.reward !== null && run.reward !== undefined) || named) add(run.ended_at, "reward", `reward ${[run.reward ?? "", named].filter((v) => v !== "").join(", ")}${of}`, run.reason || "");
+    else if (run.ended_at) add(run.ended_at, "model", `end of the run${of}`, run.reason || "");
+  });
   if (info.commit) add(info.commit.completed_at || info.commit.started_at, "commit", `commit ${info.commit.image_tag}: ${info.commit.phase}`);
   if (info.stopped_at) add(info.stopped_at, "end", info.cause || "stopped", info.reason || "");
   return events.map((e, i) => ({ e, i })).sort((a, b) => a.e.at - b.e.at || a.i - b.i).map(({ e }) => e);

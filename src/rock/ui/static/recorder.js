@@ -2,6 +2,9 @@
 import { api } from "./lib.js";
 import { plainText, timelineOf } from "./pure.js";
 
+const RUNS = 20; // runs of the sandbox, the newest
+const CALLS = 1000; // model calls of a run
+
 const OUTPUT = 16384; // bytes of output of one process
 const PROCESSES = 100;
 
@@ -10,10 +13,14 @@ export async function record(/** @type {string} */ id) {
   const base = `/v1/sandboxes/${encodeURIComponent(id)}`;
   const info = await api("GET", `${base}?usage=1`);
   const none = { items: [] };
-  const [connections, processes] = await Promise.all([
+  const [connections, processes, runs] = await Promise.all([
     api("GET", `${base}/connections`).catch(() => none),
     info.state === "running" ? api("GET", `${base}/processes`).catch(() => none) : none,
+    api("GET", `/v1/runs?sandbox=${encodeURIComponent(id)}&limit=${RUNS}`).catch(() => none),
   ]);
+  const recorded = await Promise.all([...runs.items].reverse().map(async (run) => ({
+    run, calls: (await api("GET", `/v1/runs/${encodeURIComponent(run.id)}/calls?limit=${CALLS}`).catch(() => none)).items,
+  })));
   /** @type {Record<string, string>} */ const outputs = {};
   const shown = processes.items.slice(-PROCESSES);
   for (const process of shown) {
@@ -27,7 +34,7 @@ export async function record(/** @type {string} */ id) {
     }
     outputs[process.process_id] = texts.join("");
   }
-  return { info, events: timelineOf({ info, processes: shown, connections: connections.items, outputs }) };
+  return { info, events: timelineOf({ info, processes: shown, connections: connections.items, outputs, runs: recorded }) };
 }
 
 const escaped = (/** @type {unknown} */ text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);

@@ -16,5 +16,5 @@ export default function Compare() {
       <${Field} label="First sandbox" value=${first} required onInput=${(/** @type {any} */ e) => setFirst(e.target.value)} /><${Field} label="Second sandbox" value=${second} required onInput=${(/** @type {any} */ e) => setSecond(e.target.value)} /><button type="submit">Compare</button></form>
     <${Problem} error=${error} />
     ${data && html`<p role="status">${difference < 0 ? "The timelines are equal, apart from times." : `The first difference is event ${difference + 1}.`}</p>
-      <div class="two">${data.map((one, i) => html`<section key=${i}><h2><${Link} to=${`/ui/sandbox/${encodeURIComponent(one.info.sandbox_id)}`}>${one.info.name || one.info.sandbox_id}<//></h2><p>${one.info.image}, ${one.info.state}${one.info.cause ? `, ${one.info.cause}` : ""}</p><${Events} events=${one.events} start=${one.info.created_at} difference=${difference} /></section>`)}</div>`}`;
+      <div class="two">${data.map((/** @type {any} */ one, /** @type {number} */ i) => html`<section key=${i}><h2><${Link} to=${`/ui/sandbox/${encodeURIComponent(one.info.sandbox_id)}`}>${one.info.name || one.info.sandbox_id}<//></h2><p>${one.info.image}, ${one.info.state}${one.info.cause ? `, ${one.info.cause}` : ""}</p><${Events} events=${one.events} start=${one.info.created_at} difference=${difference} /></section>`)}</div>`}`;
 }

@@ -1,5 +1,5 @@
 // One sandbox: state, limits, charts, processes, files, logs, ports, connections, timeline.
-import { Confirm, Empty, Field, Link, Problem, Same, StateMark, Table, Time, api, can, go, here, html, save, session, useData, useEffect, useParam, useRef, useState } from "../lib.js";
+import { Confirm, Empty, Facts, Field, Link, Problem, Same, StateMark, Table, Time, api, can, go, here, html, save, session, useData, useEffect, useParam, useRef, useState } from "../lib.js";
 import { bytes, duration, plainText, shellWord } from "../pure.js";
 import { Chart } from "../chart.js";
 import { exportHtml, exportJsonl, record } from "../recorder.js";
@@ -38,14 +38,10 @@ function Commit(/** @type {any} */ { id, onClose }) {
     run=${() => api("POST", path(id, "/commit?wait=60"), { json: { image_tag: tag } })} />`;
 }
 
-function Facts(/** @type {{rows: [string, any][]}} */ { rows }) {
-  return html`<dl class="facts">${rows.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`;
-}
-
 function Overview(/** @type {any} */ { id, info }) {
-  const history = useRef(/** @type {{id: string, cpu: number[][], memory: number[][], last: number[]|null}} */ ({ id, cpu: [], memory: [], last: null }));
+  const history = useRef(/** @type {{id: string, cpu: number[][], memory: number[][], disk: number[][], network: number[][], last: number[]|null}} */ ({ id, cpu: [], memory: [], disk: [], network: [], last: null }));
   const now = Date.now() / 1000;
-  if (history.current.id !== id) history.current = { id, cpu: [], memory: [], last: null };
+  if (history.current.id !== id) history.current = { id, cpu: [], memory: [], disk: [], network: [], last: null };
   const seen = history.current;
   const usage = info.usage;
   useEffect(() => {
@@ -56,12 +52,21 @@ function Overview(/** @type {any} */ { id, info }) {
       seen.last = [at, usage.cpu_seconds];
     }
     if (usage.memory_bytes !== null) seen.memory.push([at, usage.memory_bytes]);
-    if (seen.cpu.length > 900) seen.cpu.shift();
-    if (seen.memory.length > 900) seen.memory.shift();
+    if (usage.disk_bytes !== null) seen.disk.push([at, usage.disk_bytes]);
+    for (const points of [seen.cpu, seen.memory, seen.disk]) if (points.length > 900) points.shift();
   }, [info]);
+  // Only the network nat has a log of connections, which counts their bytes.
+  const logged = info.network === "nat" && info.state === "running";
+  const { data: connections } = useData(async () => (logged ? api("GET", path(id, "/connections")) : null), [id, logged], 4);
+  useEffect(() => {
+    if (!connections) return;
+    seen.network.push([Date.now() / 1000, connections.items.reduce((/** @type {number} */ sum, /** @type {any} */ c) => sum + c.sent + c.received, 0)]);
+    if (seen.network.length > 900) seen.network.shift();
+  }, [connections]);
   const left = (/** @type {number|null} */ at) => at && html`<${Time} at=${at} /> (in ${duration(at - now)})`;
   return html`
-    ${info.state === "running" ? html`<div class="charts"><${Chart} title="CPU" points=${seen.cpu} format=${(/** @type {number} */ v) => `${v.toFixed(2)} cores`} /><${Chart} title="Memory" points=${seen.memory} format=${bytes} /></div>` : null}
+    ${info.state === "running" ? html`<div class="charts"><${Chart} title="CPU" points=${seen.cpu} format=${(/** @type {number} */ v) => `${v.toFixed(2)} cores`} /><${Chart} title="Memory" points=${seen.memory} format=${bytes} />
+      ${usage && usage.disk_bytes !== null && html`<${Chart} title="Disk" points=${seen.disk} format=${bytes} />`}${logged && html`<${Chart} title="Network, bytes of the logged connections" points=${seen.network} format=${bytes} />`}</div>` : null}
     <h2>State and timers</h2><${Facts} rows=${[["State", html`<${StateMark} state=${info.state} />`], ["Id", info.sandbox_id], ["Image", info.image], ["Created", html`<${Time} at=${info.created_at} />`], ["Started", info.started_at && html`<${Time} at=${info.started_at} />`],
       ["Last activity", info.last_activity_at && html`<${Time} at=${info.last_activity_at} />`], ["Stops", left(info.auto_stop_at)], ["Is archived", left(info.auto_archive_at)], ["Files are deleted", left(info.auto_delete_at)], ["Stopped", info.stopped_at && html`<${Time} at=${info.stopped_at} />`],
       ["Exit status", info.exit_code], ["Worker", info.worker], ["Runtime", info.runtime], ["Isolation", info.isolation], ["Tenant", info.tenant || "server owner"], ["User", info.user_id], ["Experiment", info.experiment_id], ["Group", info.group && html`<${Link} to=${`/ui/sandboxes?q=${encodeURIComponent(info.group)}`}>${info.group}<//>`], ["Labels", Object.entries(info.labels || {}).map(([k, v]) => html`<code>${k}=${v}</code> `)]]} />
@@ -96,7 +101,7 @@ function Processes(/** @type {any} */ { id, info }) {
       <button type="submit" disabled=${busy || !command}>Run</button><button type="button" disabled=${busy || !command} onClick=${() => run(true)}>Run in the background</button></form>`}
     ${result && (result.problem ? html`<${Problem} error=${result.problem} />` : html`<p role="status">Exit status ${result.exit_code ?? "unknown"}</p><pre class="output" tabindex="0" aria-label="Output of the command">${plainText((result.stdout || "") + (result.stderr || "")) || "no output"}</pre>`)}
     <${Problem} error=${error} />
-    <h2>Background processes</h2><${Table} label="Background processes" empty="There are no background processes." rows=${data ? data[0].items : []} columns=${[["Id", (/** @type {any} */ p) => html`<button type="button" class="small" aria-label=${`Show the log of ${p.process_id}`} onClick=${() => setShown(p.process_id)}>${p.process_id}</button>`], ["Command", (/** @type {any} */ p) => html`<code>${Array.isArray(p.command) ? p.command.map(shellWord).join(" ") : p.command}</code>`], ["State", (/** @type {any} */ p) => (p.running ? "running" : `exit ${p.exit_code ?? p.signal ?? "unknown"}`)], ["Output", (/** @type {any} */ p) => bytes(p.stdout_size + p.stderr_size)], ["Started", (/** @type {any} */ p) => html`<${Time} at=${p.started_at} />`]]} />
+    <h2>Background processes</h2><${Table} label="Background processes" empty="There are no background processes." rows=${data ? data[0].items : []} columns=${[["Id", (/** @type {any} */ p) => html`<button type="button" class="small" aria-label=${`Show the log of ${p.process_id}`} onClick=${() => setShown(p.process_id)}>${p.process_id}</button>`], ["Command", (/** @type {any} */ p) => html`<code>${Array.isArray(p.command) ? p.command.map(shellWord).join(" ") : p.command}</code>`], ["State", (/** @type {any} */ p) => (p.running ? "running" : `exit ${p.exit_code ?? p.signal ?? "unknown"}`)], ["Output", (/** @type {any} */ p) => bytes(p.stdout_size + p.stderr_size)], ["Started", (/** @type {any} */ p) => html`<${Time} at=${p.started_at} />`], ["Live", (/** @type {any} */ p) => html`<${Link} to=${`/ui/watch/${encodeURIComponent(id)}?process=${encodeURIComponent(p.process_id)}`} aria-label=${`Watch ${p.process_id}`}>Watch<//>`]]} />
     ${shown && html`<${Log} id=${id} process=${shown} key=${shown} />`}
     <h2>Sessions</h2><${Table} label="Sessions" empty="There are no sessions." rows=${data ? data[1].items : []} columns=${[["Name", (/** @type {any} */ s) => s.session], ["Shell", (/** @type {any} */ s) => s.shell], ["State", (/** @type {any} */ s) => (s.busy ? "runs a command" : "idle")], ["Process", (/** @type {any} */ s) => s.pid]]} />
     <${Same} cli=${["rock", "processes", id]} http=${`GET ${path(id, "/processes")}`} />`;
@@ -184,5 +189,5 @@ function Timeline(/** @type {any} */ { id }) {
 }
 
 export function Events(/** @type {any} */ { events, start, difference = -1 }) {
-  return html`<ol class="timeline">${events.map((/** @type {any} */ e, /** @type {number} */ i) => html`<li class=${`kind-${e.kind}${i === difference ? " difference" : ""}`} key=${i}>${i === difference && html`<strong>First difference. </strong>`}<span class="muted">+${(e.at - start).toFixed(2)} s</span> ${e.title}${e.text && (e.text.length > 120 || e.text.includes("\n") ? html`<pre tabindex="0" aria-label="Output">${plainText(e.text)}</pre>` : html` <span class="muted">${plainText(e.text)}</span>`)}</li>`)}</ol>`;
+  return html`<ol class="timeline">${events.map((/** @type {any} */ e, /** @type {number} */ i) => html`<li class=${`kind-${e.kind}${i === difference ? " difference" : ""}`} key=${i}>${i === difference && html`<strong>First difference. </strong>`}<span class="muted">+${(e.at - start).toFixed(2)} s</span> ${plainText(e.title)}${e.text && (e.text.length > 120 || e.text.includes("\n") ? html`<pre tabindex="0" aria-label="Output">${plainText(e.text)}</pre>` : html` <span class="muted">${plainText(e.text)}</span>`)}</li>`)}</ol>`;
 }

@@ -1,7 +1,7 @@
 // The table of sandboxes: up to 10,000 rows, live, with filters in the URL in the words of the API and of `rock ps`.
-import { Confirm, Dialog, Empty, Field, Link, Problem, Same, StateMark, api, can, go, here, html, session, useEffect, useMemo, useParam, useRef, useState } from "../lib.js";
+import { Component, Confirm, Dialog, Empty, Field, Link, Problem, Same, StateMark, api, can, go, here, html, session, useEffect, useMemo, useParam, useRef, useState, useWindow } from "../lib.js";
 import { useRows } from "../live.js";
-import { duration, matchesSearch, windowOf } from "../pure.js";
+import { bytes, duration, matchesSearch, memoryText, orderOf } from "../pure.js";
 
 const ROW = 34; // pixels, as in app.css
 const SERVER_FILTERS = ["state", "image", "worker", "user_id", "experiment_id", "namespace", "cause", "name", "label"];
@@ -22,14 +22,15 @@ export default function Sandboxes() {
   const [group, setGroup] = useParam("group_by");
   const [marked, setMarked] = useState(/** @type {Set<string>} */ (new Set()));
   const [dialog, setDialog] = useState(/** @type {any} */ (null));
-  const rows = useMemo(() => [...live.rows.values()].filter((row) => matchesSearch(row, search))
-    .sort((a, b) => b.created_at - a.created_at || (a.sandbox_id < b.sandbox_id ? 1 : -1)), [live.stamp, search]);
+  const [measured, setMeasured] = useParam("measure");
+  const order = useRef(/** @type {any} */ ({}));
+  const rows = useMemo(() => orderOf(order.current, live.rows).filter((row) => matchesSearch(row, search)), [live.stamp, search]);
   const counts = useMemo(() => {
     /** @type {Record<string, number>} */ const found = {};
     for (const row of live.rows.values()) found[row.state] = (found[row.state] || 0) + 1;
     return Object.entries(found).sort();
   }, [live.stamp]);
-  const chosen = rows.filter((row) => marked.has(row.sandbox_id));
+  const chosen = marked.size ? rows.filter((row) => marked.has(row.sandbox_id)) : [];
   const cli = ["rock", "ps", ...[...new URLSearchParams(filter)].flatMap(([k, v]) => (k === "label" ? ["--label", v] : k === "state" ? ["--all"] : []))];
   return html`<div class="title"><h1>Sandboxes</h1>
       <span class=${`live ${live.connected ? "on" : "off"}`} role="status">${live.connected ? "live" : "reconnecting…"}</span>
@@ -40,7 +41,8 @@ export default function Sandboxes() {
     <div class="tools"><${Field} label="Search" type="search" value=${search} onInput=${(/** @type {any} */ e) => setSearch(e.target.value)} />
       <${Filter} name="state" options=${["", "pending", "running", "stopping", "stopped", "archiving", "archived", "deleted"]} />
       <${Filter} name="image" /><${Filter} name="label" hint="KEY=VALUE" />
-      <${Field} label="Group by">${(/** @type {string} */ id) => html`<select id=${id} value=${group} onChange=${(/** @type {any} */ e) => setGroup(e.target.value)}>${GROUPS.map((g) => html`<option value=${g}>${g || "none"}</option>`)}</select>`}<//></div>
+      <${Field} label="Group by">${(/** @type {string} */ id) => html`<select id=${id} value=${group} onChange=${(/** @type {any} */ e) => setGroup(e.target.value)}>${GROUPS.map((g) => html`<option value=${g}>${g || "none"}</option>`)}</select>`}<//>
+      ${!group && html`<label class="check"><input type="checkbox" checked=${measured === "1"} onChange=${(/** @type {any} */ e) => setMeasured(e.target.checked ? "1" : "")} /> Measure the shown rows</label>`}</div>
     <${Problem} error=${live.error} />
     ${!live.complete && html`<p role="status">There are more than 10,000 sandboxes; use filters to see the others.</p>`}
     ${chosen.length > 0 && html`<div class="bulk" role="group" aria-label="Actions for the selected sandboxes"><span>${chosen.length} selected</span>
@@ -49,7 +51,7 @@ export default function Sandboxes() {
       <button type="button" onClick=${() => setMarked(new Set())}>Clear the selection</button></div>`}
     ${group && !rows.some((row) => row[group]) && rows.length ? html`<${Empty}>No sandbox has a value of ${group}.<//>` : null}
     ${!live.loaded && !live.error ? html`<p class="muted" role="status">Loading…</p>`
-      : rows.length ? html`<${group ? Grouped : Rows} rows=${rows} by=${group} marked=${marked} setMarked=${setMarked} />`
+      : rows.length ? html`<${group ? Grouped : Rows} rows=${rows} by=${group} marked=${marked} setMarked=${setMarked} measure=${measured === "1"} />`
         : live.rows.size || filter ? html`<${Empty}>No sandbox matches. Change the search or remove the filters.<//>`
           : html`<${Empty}>There are no sandboxes. Start one here, or run <code>rock run --image python:3.11 -- python -V</code><//>`}
     <${Same} cli=${cli} http=${`GET /v1/sandboxes${filter ? `?${filter}` : ""}`} />
@@ -66,39 +68,88 @@ function Filter(/** @type {any} */ { name, options, hint }) {
 
 const COLUMNS = ["Sandbox", "State", "Image", "Owner", "Age", "Deadline", "CPU", "Memory", "Worker", "Isolation"];
 
-function cells(/** @type {any} */ row, /** @type {number} */ now) {
+function cells(/** @type {any} */ row, /** @type {number} */ now, /** @type {any} */ usage) {
   return [
     html`<${Link} to=${`/ui/sandbox/${encodeURIComponent(row.sandbox_id)}`} title=${row.sandbox_id}>${row.name || row.sandbox_id}<//>`,
     html`<${StateMark} state=${row.state} />${row.cause && row.cause !== "stopped_by_user" ? html` <span class="cause" title=${row.cause}>${row.cause}</span>` : null}`,
     row.image, row.user_id || row.tenant || "owner", duration(now - row.created_at),
-    row.deadline && row.state === "running" ? duration(row.deadline - now) : "", row.cpus, row.memory, row.worker || "", row.isolation || "",
+    row.deadline && row.state === "running" ? duration(row.deadline - now) : "",
+    usage && usage.cpu !== null ? html`<span class="measured">${usage.cpu.toFixed(2)} of ${row.cpus}</span>` : row.cpus,
+    usage && usage.memory !== null ? html`<span class="measured">${bytes(usage.memory)} of ${memoryText(row.memory)}</span>` : row.memory,
+    row.worker || "", row.isolation || "",
   ];
 }
 
-/** A window of rows: about 30 are in the DOM. */
-function Rows(/** @type {any} */ { rows, marked, setMarked }) {
-  const box = useRef(/** @type {any} */ (null));
-  const [view, setView] = useState({ top: 0, height: 600 });
-  const [now, setNow] = useState(Date.now() / 1000);
+/** One row of the table. It renders when its values change, not with each change of the table. */
+class Row extends Component {
+  shouldComponentUpdate(/** @type {any} */ next) {
+    const old = /** @type {any} */ (this.props);
+    return next.row !== old.row || next.index !== old.index || next.picked !== old.picked || next.now !== old.now || next.usage !== old.usage || next.mark !== old.mark;
+  }
+  render() {
+    const { row, index, picked, now, usage, mark } = /** @type {any} */ (this.props);
+    return html`<div role="row" aria-rowindex=${index + 2} class="tr" style=${{ top: `${index * ROW}px` }}>
+      <div role="cell" class="td pick"><input type="checkbox" aria-label=${`Select ${row.name || row.sandbox_id}`} checked=${picked} onChange=${(/** @type {any} */ e) => mark(row.sandbox_id, e.target.checked)} /></div>
+      ${cells(row, now, usage).map((cell) => html`<div role="cell" class="td">${cell}</div>`)}</div>`;
+  }
+}
+
+const MEASURE = 5000; // milliseconds between two measurements
+const MEASURED = 40; // rows
+
+/** CPU and memory of the shown running sandboxes, by id. One request at a time for each of two, so that a worker has
+ * little to do for a tab. */
+function useUsage(/** @type {any[]} */ rows, /** @type {boolean} */ on) {
+  const [usage, set] = useState(/** @type {Record<string, any>} */ ({}));
+  const shown = useRef(rows);
+  shown.current = rows;
   useEffect(() => {
-    const measure = () => setView({ top: box.current.scrollTop, height: box.current.clientHeight });
-    measure();
+    if (!on) { set({}); return undefined; }
+    let live = true, timer = 0;
+    /** @type {Map<string, number[]>} */ const before = new Map();
+    const run = async () => {
+      const wanted = document.hidden ? [] : shown.current.filter((row) => row.state === "running").slice(0, MEASURED).map((row) => row.sandbox_id);
+      /** @type {Record<string, any>} */ const found = {};
+      await Promise.all([0, 1].map(async () => {
+        for (let id = wanted.shift(); id !== undefined && live; id = wanted.shift()) {
+          try {
+            const { usage: now } = await api("GET", `/v1/sandboxes/${encodeURIComponent(id)}?usage=1`);
+            if (!now) continue;
+            const at = performance.now() / 1000, last = before.get(id);
+            found[id] = { memory: now.memory_bytes ?? null, cpu: last && now.cpu_seconds !== null && at > last[0] ? Math.max(0, (now.cpu_seconds - last[1]) / (at - last[0])) : null };
+            if (now.cpu_seconds !== null) before.set(id, [at, now.cpu_seconds]);
+          } catch { /* it has ended */ }
+        }
+      }));
+      if (!live) return;
+      set(found);
+      timer = window.setTimeout(run, MEASURE);
+    };
+    run();
+    return () => { live = false; clearTimeout(timer); };
+  }, [on]);
+  return usage;
+}
+
+/** A window of rows: about 30 are in the DOM. */
+function Rows(/** @type {any} */ { rows, marked, setMarked, measure }) {
+  const box = useRef(/** @type {any} */ (null));
+  const [now, setNow] = useState(Date.now() / 1000);
+  const { first, last, onScroll } = useWindow(box, ROW, rows.length);
+  useEffect(() => {
     const timer = setInterval(() => setNow(Date.now() / 1000), 5000);
-    window.addEventListener("resize", measure);
-    return () => { clearInterval(timer); window.removeEventListener("resize", measure); };
+    return () => clearInterval(timer);
   }, []);
-  const { first, last } = windowOf(view.top, view.height, ROW, rows.length);
-  const mark = (/** @type {string} */ id, /** @type {boolean} */ on) => { const next = new Set(marked); if (on) next.add(id); else next.delete(id); setMarked(next); };
-  const all = rows.length > 0 && rows.every((/** @type {any} */ r) => marked.has(r.sandbox_id));
-  return html`<div class="rows" ref=${box} tabindex="0" role="region" aria-label="Table of sandboxes" style=${{ height: `${Math.min(640, (rows.length + 1) * ROW + 20)}px` }}
-      onScroll=${() => setView({ top: box.current.scrollTop, height: box.current.clientHeight })}>
+  const shown = rows.slice(first, last);
+  const usage = useUsage(shown, measure);
+  const mark = useMemo(() => (/** @type {string} */ id, /** @type {boolean} */ on) => { const next = new Set(marked); if (on) next.add(id); else next.delete(id); setMarked(next); }, [marked]);
+  const all = marked.size > 0 && rows.length > 0 && rows.every((/** @type {any} */ r) => marked.has(r.sandbox_id));
+  return html`<div class="rows" ref=${box} tabindex="0" role="region" aria-label="Table of sandboxes" style=${{ height: `${Math.min(640, (rows.length + 1) * ROW + 20)}px` }} onScroll=${onScroll}>
     <div role="table" aria-label="Sandboxes" aria-rowcount=${rows.length + 1} class="grid">
       <div role="row" aria-rowindex="1" class="tr head"><div role="columnheader" class="td pick"><input type="checkbox" aria-label="Select all sandboxes" checked=${all} onChange=${(/** @type {any} */ e) => setMarked(new Set(e.target.checked ? rows.map((/** @type {any} */ r) => r.sandbox_id) : []))} /></div>
         ${COLUMNS.map((name) => html`<div role="columnheader" class="td">${name}</div>`)}</div>
       <div role="rowgroup" class="space" style=${{ height: `${rows.length * ROW}px` }}>
-        ${rows.slice(first, last).map((/** @type {any} */ row, /** @type {number} */ i) => html`<div role="row" aria-rowindex=${first + i + 2} key=${row.sandbox_id} class="tr" style=${{ transform: `translateY(${(first + i) * ROW}px)` }}>
-          <div role="cell" class="td pick"><input type="checkbox" aria-label=${`Select ${row.name || row.sandbox_id}`} checked=${marked.has(row.sandbox_id)} onChange=${(/** @type {any} */ e) => mark(row.sandbox_id, e.target.checked)} /></div>
-          ${cells(row, now).map((cell) => html`<div role="cell" class="td">${cell}</div>`)}</div>`)}
+        ${shown.map((/** @type {any} */ row, /** @type {number} */ i) => html`<${Row} key=${row.sandbox_id} row=${row} index=${first + i} picked=${marked.has(row.sandbox_id)} now=${now} usage=${usage[row.sandbox_id]} mark=${mark} />`)}
       </div></div></div>`;
 }
 

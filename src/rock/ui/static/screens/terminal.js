@@ -1,39 +1,7 @@
 // A terminal: xterm over the WebSocket of the API.
 import { Link, Problem, Same, here, html, useEffect, useRef, useState } from "../lib.js";
 import { closeQuietly } from "../live.js";
-import { Terminal } from "../vendor/xterm.js";
-import { FitAddon } from "../vendor/xterm-fit.js";
-
-/** xterm writes its rules to <style> elements, which the Content Security Policy refuses. Its elements are replaced by
- * inert ones whose text goes to a stylesheet object, which is not inline. */
-function withSheets(/** @type {() => void} */ work) {
-  const create = document.createElement;
-  /** @type {CSSStyleSheet[]} */ const sheets = [];
-  document.createElement = /** @type {any} */ (function (/** @type {string} */ name, /** @type {any} */ options) {
-    if (name !== "style") return create.call(document, name, options);
-    const element = create.call(document, "rock-style");
-    const sheet = new CSSStyleSheet();
-    sheets.push(sheet);
-    document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
-    Object.defineProperty(element, "textContent", { set(text) { sheet.replaceSync(text); }, get() { return ""; } });
-    Object.defineProperty(element, "innerText", { set(text) { sheet.replaceSync(text); }, get() { return ""; } });
-    Object.defineProperty(element, "sheet", { get() { return sheet; } });
-    element.hidden = true;
-    return element;
-  });
-  try { work(); } finally { document.createElement = create; }
-  return () => { document.adoptedStyleSheets = document.adoptedStyleSheets.filter((sheet) => !sheets.includes(sheet)); };
-}
-
-function loadStyle() {
-  const href = new URL("../vendor/xterm.css", import.meta.url).href;
-  if (![...document.styleSheets].some((sheet) => sheet.href === href)) {
-    const link = document.createElement("link");
-    link.rel = "stylesheet";
-    link.href = href;
-    document.head.append(link);
-  }
-}
+import { openScreen } from "../screen.js";
 
 export default function Shell() {
   const { parts, query } = here();
@@ -43,14 +11,7 @@ export default function Shell() {
   const [error, setError] = useState(/** @type {any} */ (null));
   const [attempt, setAttempt] = useState(0);
   useEffect(() => {
-    loadStyle();
-    const style = getComputedStyle(document.documentElement);
-    const term = new Terminal({ convertEol: false, cursorBlink: !matchMedia("(prefers-reduced-motion: reduce)").matches, fontSize: 14, screenReaderMode: true,
-      theme: { background: style.getPropertyValue("--terminal").trim(), foreground: style.getPropertyValue("--terminal-text").trim() }, linkHandler: null });
-    const fit = new FitAddon();
-    term.loadAddon(fit);
-    const unstyle = withSheets(() => term.open(box.current));
-    try { fit.fit(); } catch { /* not visible yet */ }
+    const { term, fit, dispose } = openScreen(box.current, false);
     const scheme = location.protocol === "https:" ? "wss:" : "ws:";
     const command = query.get("command");
     const socket = new WebSocket(`${scheme}//${location.host}/ui/v1/sandboxes/${encodeURIComponent(id)}/terminal?rows=${term.rows}&columns=${term.cols}&term=xterm-256color${command ? `&command=${encodeURIComponent(command)}` : ""}`);
@@ -71,16 +32,16 @@ export default function Shell() {
       if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ resize: [term.rows, term.cols] }));
     };
     const encoder = new TextEncoder();
-    const typed = term.onData((text) => { if (socket.readyState === WebSocket.OPEN) socket.send(encoder.encode(text)); });
+    const typed = term.onData((/** @type {string} */ text) => { if (socket.readyState === WebSocket.OPEN) socket.send(encoder.encode(text)); });
     // Programs inside receive Tab; F6 leaves the terminal.
-    term.attachCustomKeyEventHandler((event) => {
+    term.attachCustomKeyEventHandler((/** @type {KeyboardEvent} */ event) => {
       if (event.key !== "F6") return true;
       if (event.type === "keydown") /** @type {HTMLElement|null} */ (document.getElementById("after-terminal"))?.focus();
       return false;
     });
     const observer = new ResizeObserver(resize);
     observer.observe(box.current);
-    return () => { ended = true; observer.disconnect(); typed.dispose(); closeQuietly(socket); term.dispose(); unstyle(); };
+    return () => { ended = true; observer.disconnect(); typed.dispose(); closeQuietly(socket); dispose(); };
   }, [id, attempt]);
   return html`<div class="title"><h1>Terminal</h1> <${Link} to=${`/ui/sandbox/${encodeURIComponent(id)}`}>${id}<//><span class="grow"></span><span role="status" class="terminal-state">${state}</span>
     ${state !== "connected" && state !== "connecting" && html`<button type="button" onClick=${() => { setError(null); setState("connecting"); setAttempt(attempt + 1); }}>Connect again</button>`}</div>
