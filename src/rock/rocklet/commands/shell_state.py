@@ -23,11 +23,12 @@ _PATIENCE = 10.0  # seconds
 _SIGNALS = "HUP INT QUIT USR1 USR2 PIPE ALRM TERM CHLD CONT TSTP TTIN TTOU WINCH DEBUG ERR RETURN"
 _LIMITS = "c d f n s t v"
 
-# In a subshell, so that `set -e`, `set -x` and read-only variables have no effect on the shell itself.
-_DUMP = """{{ ( __rock_options=$(set +o); set +eux; declare -p; declare -f; alias -p; shopt -p
+# In a subshell, so that `set -e`, `set -x` and read-only variables have no effect on the shell itself. The options are
+# written first, because a command substitution would clear `set -e`, and applied last.
+_DUMP = """{{ ( set +o; printf '%s\n' {mark}; set +eux; declare -p; declare -f; alias -p; shopt -p
 for s in {signals}; do trap -p $s; done; umask -p
 for l in {limits}; do echo "ulimit -S$l $(ulimit -S$l)"; done
-printf 'builtin cd -- %q\\n%s\\nunset __rock_options\\n' "$PWD" "$__rock_options" ) > {path}; }} 2>/dev/null"""
+printf 'builtin cd -- %q\n%s\n' "$PWD" {mark} ) > {path}; }} 2>/dev/null"""
 
 
 def carries(session: Session) -> bool:
@@ -40,7 +41,8 @@ async def read(session: Session, runtime: Runtime, handle: Handle) -> str | None
     if not carries(session) or not isinstance(runtime, Files):
         return None
     path = f"/tmp/.rock-state-{secrets.token_hex(8)}"
-    command = _DUMP.format(signals=_SIGNALS, limits=_LIMITS, path=path)
+    mark = f"rock-{secrets.token_hex(16)}"
+    command = _DUMP.format(signals=_SIGNALS, limits=_LIMITS, path=path, mark=mark)
     try:
         await session.run_aside(BashAction(session=session.spec.session, command=command, timeout=_PATIENCE))
         fd = await runtime.open_read(handle, path)
@@ -51,8 +53,10 @@ async def read(session: Session, runtime: Runtime, handle: Handle) -> str | None
     finally:
         with contextlib.suppress(RockError):
             await runtime.remove(handle, path)
-    text = data.decode("utf-8", "surrogateescape")
-    return text if len(data) <= _MOST and text.endswith("unset __rock_options\n") else None
+    options, found, rest = data.decode("utf-8", "surrogateescape").partition(f"{mark}\n")
+    if not found or len(data) > _MOST or not rest.endswith(f"\n{mark}\n"):
+        return None
+    return rest.removesuffix(f"{mark}\n") + options
 
 
 async def give(session: Session, state: str, env: dict[str, str], runtime: Runtime, handle: Handle) -> None:
