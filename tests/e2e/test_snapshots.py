@@ -44,8 +44,8 @@ def test_checkpoint_rollback_and_fork(box: Sandbox, client: Client) -> None:
     put(box, "one")
     box.run("cd /tmp; x=5")
     first = box.checkpoint(name="first")
-    assert (first.name, first.sandbox_id, first.state, first.memory) == ("first", box.sandbox_id, "ready", "files")
-    assert any("state of the shell in sessions default" in line for line in first.left_out)
+    assert (first.name, first.sandbox_id, first.state, first.memory) == ("first", box.sandbox_id, "ready", "session")
+    assert any("of the shells of sessions default: background jobs" in line for line in first.left_out)
     assert box.run("echo $x $PWD").output.strip() == "5 /tmp"  # the original continues
     put(box, "two")
     second = box.checkpoint()
@@ -65,7 +65,7 @@ def test_checkpoint_rollback_and_fork(box: Sandbox, client: Client) -> None:
         for child in children:
             child.stop()
     box.rollback("first")
-    assert show(box) == "one" and box.run("echo $x").output.strip() == ""
+    assert show(box) == "one" and box.run("echo $x $PWD").output.strip() == "5 /tmp"
     put(box, "branch")
     assert box.checkpoint().parent == first.snapshot_id
     box.rollback(second)
@@ -83,10 +83,57 @@ def test_sessions_and_processes_of_a_snapshot(box: Sandbox, client: Client) -> N
     assert any("sleep 300" in line for line in taken.left_out) and any("work" in line for line in taken.left_out)
     box.run("rm /tmp/here", session="work")
     box.rollback(taken)
-    assert box.run("cat /tmp/here; pwd", session="work").output.split() == ["hi", "/"]
+    assert box.run("cat /tmp/here; pwd", session="work").output.split() == ["hi", "/tmp"]
     with pytest.raises(NotFound):
         box.processes.get(process.id)
     assert box.run("ps ax | grep -c '[s]leep 300'").output.strip() == "0"
+
+
+SHELL = r"""
+plain=1; export exported="a b"; declare -i number=3; declare -a list=(x "y z" ''); declare -A map=([k]="v 1" [l]=2)
+readonly fixed=7; text=$'line\n\ttab \'quote\' "double" $dollar \\ \001'; unset USER_GONE
+greet() { local a=$1; echo "hi $a ${map[k]}"; }
+alias ll='echo aliased'; shopt -s extglob nullglob; set -o noclobber; umask 027; trap 'echo trapped' USR1
+mkdir -p "/tmp/dir with space"; cd "/tmp/dir with space"; ulimit -Sn 512
+false
+"""
+SHOW = r"""
+echo "status $?"; echo "$plain|$number|${#list[@]}|${list[1]}|${map[k]}|${map[l]}|$fixed|$PWD|$(umask)|$(ulimit -Sn)"
+printf '%q\n' "$text"; greet you; ll; shopt extglob nullglob; set -o | grep noclobber; printenv exported; trap -p USR1
+(fixed=8) 2>/dev/null || echo readonly
+"""
+
+
+def test_the_state_of_a_shell_continues_in_children(box: Sandbox, client: Client) -> None:
+    box.create_session(CreateBashSessionRequest(session="work", env={"FROM": "session"}))
+    box.run(SHELL, session="work")
+    box.run("other=1; set -e; cd /var")
+    taken = box.checkpoint(memory="session")
+    assert taken.memory == "session"
+    children = box.fork(2, memory="session", env={"exported": "changed", "NEW": "n"})
+    try:
+        expected = box.run(SHOW, session="work").output
+        assert "status 1" in expected and "1|3|3|y z|v 1|2|7|/tmp/dir with space|0027|512" in expected, expected
+        for child in children:
+            assert child.run(SHOW, session="work").output == expected.replace("a b\n", "changed\n").replace(
+                "status 1", "status 0")
+            assert child.run("echo $FROM $NEW", session="work").output.split() == ["session", "n"]
+            assert child.run("echo $other $PWD $-").output.split()[:2] == ["1", "/var"]
+            assert "e" in child.run("echo $-").output
+        with Sandbox(snapshot=box.checkpoint(memory="files").snapshot_id, memory="256m", cpus=1.0) as plain:
+            assert plain.run("echo .$plain. $PWD", session="work").output.split() == ["..", "/"]
+    finally:
+        for child in children:
+            child.stop()
+    assert box.run("ls -A /tmp").output.split() == ["dir", "with", "space"], "no file of the dump is left"
+
+
+def test_a_shell_that_cannot_be_carried(box: Sandbox, client: Client) -> None:
+    box.create_session(CreateBashSessionRequest(session="terminal", pty=(24, 80)))
+    with pytest.raises(Unsupported, match="terminal"):
+        box.checkpoint(memory="session")
+    taken = box.checkpoint()
+    assert taken.memory == "files" and any("terminal" in line for line in taken.left_out)
 
 
 def test_a_running_command_is_waited_for(box: Sandbox, client: Client) -> None:

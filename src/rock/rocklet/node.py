@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rock import faults
-from rock.errors import Conflict, Lost, NoCapacity, NotFound, NotHere
+from rock.errors import Conflict, Lost, NoCapacity, NotFound, NotHere, RockError
 from rock.host import atomic_file, resources
 from rock.host.atomic_file import not_started
 from rock.http.asgi import App
@@ -170,6 +171,8 @@ class Node:
         runtime, handle, phases = await make(self.runtimes, sandbox_id, config)
         supervisor = self.supervise(sandbox_id, config, runtime, handle)
         supervisor.phases = phases
+        if config.snapshot is not None:
+            self.snapshots.inherit(supervisor, config.snapshot)
         try:
             supervisor.save()
         except OSError as error:
@@ -210,6 +213,9 @@ class Node:
         if isinstance(unfit, Session):
             await unfit.close()
         await supervisor.sessions.prepare()
+        for name in list(supervisor.sessions.inherited):
+            with contextlib.suppress(RockError):  # the next request for it gets the error
+                await supervisor.sessions.get(name)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -295,6 +301,7 @@ class Node:
         old = self.get(sandbox_id)
         handle = await self.snapshots.replacement(old, snapshot_id)
         new = self.supervise(sandbox_id, old.config, old.runtime, handle)
+        self.snapshots.inherit(new, snapshot_id)
         try:
             new.save()  # from here on a crash finds the new one
         except OSError as error:
@@ -304,9 +311,9 @@ class Node:
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
         await old.replaced()
-        await self.snapshots.restore_sessions(new, snapshot_id)
         if (port := old.gateway_port.port) is not None:
             await new.open_gateway_port(port)
+        self._spawn(self._open_default(new, None))
         return new.describe()
 
     def _users_of(self, volume_id: str) -> list[str]:
@@ -524,5 +531,7 @@ class Recovery:
         except BaseException:
             await supervisor.detach()
             raise
+        if record.get("inherited", [None])[0] is not None:
+            node.snapshots.inherit(supervisor, record["inherited"][0], record["inherited"][1:])
         node.supervisors[sandbox_id] = supervisor
         log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())

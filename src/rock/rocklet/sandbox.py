@@ -108,6 +108,7 @@ class Supervisor:
         self.connections = Connections(sandbox_id, runtime, handle)
         self.gateway_port = GatewayPort(sandbox_id, runtime, handle, gateway, self.active)
         self.uploads = Uploads()
+        self.snapshot: str | None = None  # whose sessions it has not opened yet
         self.spools = state_dir.spools(spools)
         self.journal = Journal(self.spools)
         self._marked = False  # whether the folder of spool files has been made
@@ -139,7 +140,8 @@ class Supervisor:
         processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
                        spools=self.spools.path.name, marked=self._marked, paused=self.paused,
-                       gateway_port=self.gateway_port.port)  # fmt: skip
+                       gateway_port=self.gateway_port.port,
+                       inherited=[self.snapshot, *self.sessions.inherited])  # fmt: skip
 
     def load_journal(self, record: dict[str, Any]) -> None:
         """Read the requests that an earlier rocklet process left unfinished."""

@@ -9,14 +9,15 @@ and the admin remove them.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -24,13 +25,22 @@ from rock import faults
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
 from rock.host import atomic_file
 from rock.protocol.action import CreateBashSessionRequest
-from rock.protocol.snapshots import NodeCheckpoint, NodeSnapshot, NodeSnapshots
+from rock.protocol.snapshots import Level, NodeCheckpoint, NodeSnapshot, NodeSnapshots
+from rock.rocklet.commands import shell_state
+from rock.rocklet.commands.session import Session
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
 from rock.runtime.base import Forks, Frozen, Handle
 
 log = logging.getLogger("rock.node")
 _ID = re.compile(r"[0-9a-f]{32}")
+
+
+class Shells(NamedTuple):
+    """The sessions of a snapshot: request and state (base64, or None) of each, and the environment of its sandbox."""
+
+    sessions: Sequence[Mapping[str, Any]]
+    env: Mapping[str, str]
 
 
 class Snapshots:
@@ -41,7 +51,7 @@ class Snapshots:
         self._runtimes = runtimes
         self._find = find
         self._known: dict[str, NodeSnapshot] = {}
-        self._sessions: dict[str, list[dict[str, Any]]] = {}
+        self._shells: dict[str, Shells] = {}
         self._taking: dict[str, asyncio.Task[NodeSnapshot]] = {}  # by sandbox
 
     def open(self) -> None:
@@ -59,7 +69,7 @@ class Snapshots:
                     log.error("the record of snapshot %s cannot be read: %s", name, error)
                     continue
                 self._known[found.snapshot_id] = found
-                self._sessions[found.snapshot_id] = list(data.get("sessions", []))
+                self._shells[found.snapshot_id] = Shells(data.get("sessions", []), data.get("env", {}))
 
     # ---- read ----
 
@@ -106,37 +116,60 @@ class Snapshots:
             raise Unsupported(f"runtime {sandbox.handle.runtime!r} cannot take snapshots", sandbox_id=sandbox.id,
                               hint="use the namespace runtime, or `rock commit`, which makes an image")  # fmt: skip
         if spec.memory == "processes":
-            raise Unsupported("memory=\"processes\": this server copies no processes", sandbox_id=sandbox.id,
+            raise Unsupported('memory="processes": this server copies no processes', sandbox_id=sandbox.id,
                               hint='use memory="session" or "files"')  # fmt: skip
         if sandbox.paused:
             raise Conflict(f"sandbox {sandbox.id} is paused", sandbox_id=sandbox.id, hint="resume it first")
         parent = runtime.parent(sandbox.handle)
         async with sandbox.quiet(spec.wait):
+            sessions, without = await self._states(sandbox, spec)
             frozen = await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files)
             await faults.point("node.checkpoint.taken")
             sandbox.handle = frozen.handle
+            level: Level = "files" if spec.memory == "files" or without else "session"
+            made = NodeSnapshot(
+                snapshot_id=spec.snapshot_id, sandbox_id=sandbox.id, parent=parent, tenant=spec.tenant, name=spec.name,
+                image=sandbox.config.image, memory=level, files=frozen.files, bytes=frozen.bytes, layers=frozen.layers,
+                paused_ms=frozen.paused_ms, left_out=_left_out(sandbox, frozen, sessions, without),
+                created_at=time.time(),
+            )  # fmt: skip
+            shells = Shells(sessions, dict(sandbox.config.env))
             try:
                 await sandbox.saved()
                 await faults.point("node.checkpoint.saved")
-                made = NodeSnapshot(
-                    snapshot_id=spec.snapshot_id, sandbox_id=sandbox.id, parent=parent, tenant=spec.tenant,
-                    name=spec.name, image=sandbox.config.image, memory="files", files=frozen.files, bytes=frozen.bytes,
-                    layers=frozen.layers, paused_ms=frozen.paused_ms, left_out=_left_out(sandbox, frozen),
-                    created_at=time.time(),
-                )  # fmt: skip
-                sessions = [session.spec.model_dump(mode="json") for session in sandbox.sessions if not session.closed]
-                await asyncio.to_thread(self._write, made, sessions)
+                await asyncio.to_thread(self._write, made, shells)
             except OSError as error:
                 with contextlib.suppress(RockError):
                     await runtime.drop_snapshot(spec.snapshot_id)
                 raise atomic_file.not_kept(error, sandbox.id, "a snapshot") from None
         self._known[made.snapshot_id] = made
-        self._sessions[made.snapshot_id] = sessions
+        self._shells[made.snapshot_id] = shells
         return made
 
-    def _write(self, made: NodeSnapshot, sessions: list[dict[str, Any]]) -> None:
+    async def _states(self, sandbox: Supervisor, spec: NodeCheckpoint) -> tuple[list[dict[str, Any]], list[str]]:
+        """The open sessions with the states of their shells, and the names of those without one. Unsupported when the
+        request needs all of them."""
+        found, without = [], []
+        for session in sandbox.sessions:
+            if session.closed is not None:
+                continue
+            state = None
+            if spec.memory != "files":
+                state = await shell_state.read(session, sandbox.runtime, sandbox.handle)
+                if state is None:
+                    without.append(session.spec.session)
+            encoded = None if state is None else base64.b64encode(state.encode("utf-8", "surrogateescape")).decode()
+            found.append({"spec": session.spec.model_dump(mode="json"), "state": encoded})
+        if without and spec.memory == "session":
+            raise Unsupported(f'memory="session": the state of session {without[0]} cannot be read',
+                              sandbox_id=sandbox.id,
+                              hint="close it, or use memory=\"auto\": only the state of a bash without a terminal can "
+                                   "be carried")  # fmt: skip
+        return found, without
+
+    def _write(self, made: NodeSnapshot, shells: Shells) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        data = {"snapshot": made.model_dump(mode="json"), "sessions": sessions}
+        data = {"snapshot": made.model_dump(mode="json"), **shells._asdict()}
         atomic_file.replace(self._folder / f"{made.snapshot_id}.json", atomic_file.summed(orjson.dumps(data).decode()))
 
     # ---- rollback ----
@@ -154,13 +187,27 @@ class Snapshots:
             await asyncio.gather(asyncio.shield(task), return_exceptions=True)
         return await runtime.replace(sandbox.handle, sandbox.config, snapshot_id)
 
-    async def restore_sessions(self, sandbox: Supervisor, snapshot_id: str) -> None:
-        """Open the sessions that existed at the checkpoint, as new shells."""
-        for data in self._sessions.get(snapshot_id, []):
-            with contextlib.suppress(RockError):
-                request = CreateBashSessionRequest.model_validate(data)
-                if request.session not in sandbox.sessions:
-                    await sandbox.sessions.create(request)
+    def inherit(self, sandbox: Supervisor, snapshot_id: str, names: Collection[str] | None = None) -> None:
+        """Give a sandbox that starts from a snapshot its sessions, which are opened when they are first used. names:
+        those that it has not opened before a restart of the rocklet; None is all."""
+        shells = self._shells.get(snapshot_id)
+        if shells is None:
+            if names:
+                log.warning("sandbox %s: sessions %s start without state: their snapshot is gone", sandbox.id, names)
+            return
+        sandbox.snapshot = snapshot_id
+        for one in shells.sessions:
+            request = CreateBashSessionRequest.model_validate(one["spec"])
+            name, text = request.session, one["state"]
+            if (names is None or name in names) and name not in sandbox.sessions:
+                state = None if text is None else base64.b64decode(text).decode("utf-8", "surrogateescape")
+                sandbox.sessions.inherited[name] = request, state
+        env = {name: value for name, value in sandbox.config.env.items() if shells.env.get(name) != value}
+
+        async def give(session: Session, state: str) -> None:
+            await shell_state.give(session, state, env, sandbox.runtime, sandbox.handle)
+
+        sandbox.sessions.give = give
 
     # ---- delete ----
 
@@ -176,16 +223,22 @@ class Snapshots:
         with contextlib.suppress(FileNotFoundError):
             await asyncio.to_thread(os.unlink, self._folder / f"{snapshot_id}.json")
         self._known.pop(snapshot_id, None)
-        self._sessions.pop(snapshot_id, None)
+        self._shells.pop(snapshot_id, None)
         return NodeSnapshots()
 
 
-def _left_out(sandbox: Supervisor, frozen: Frozen) -> list[str]:
+def _left_out(sandbox: Supervisor, frozen: Frozen, sessions: Sequence[Mapping[str, Any]],
+              without: Sequence[str]) -> list[str]:
     """What existed in the sandbox and is not in the snapshot."""
     found = list(frozen.left_out)
-    names = sorted(session.spec.session for session in sandbox.sessions if not session.closed)
-    if names:
-        found.append(f"state of the shell in sessions {', '.join(names)}: variables, functions, working directory")
+    carried = [one["spec"]["session"] for one in sessions if one["state"] is not None]
+    others = [one["spec"]["session"] for one in sessions if one["state"] is None]
+    if carried:
+        found.append(f"of the shells of sessions {', '.join(sorted(carried))}: {shell_state.NOT_CARRIED}")
+    if others:
+        why = ", which is not a bash without a terminal" if without else ""
+        found.append(f"state of the shell in sessions {', '.join(sorted(others))}{why}: variables, functions, working "
+                     "directory")  # fmt: skip
     for process in sandbox.processes.values():
         if process.info.running:
             found.append(f"background process {process.id}: {str(process.command)[:200]}")

@@ -216,6 +216,17 @@ class Interpreter:
         script, self.first = self.first + trace + script, b""
         return script
 
+    async def aside(self, action: BashAction) -> BashObservation:
+        """Run a command between those of the session; the status that the next one sees stays."""
+        status = self._status
+        run = self.begin(action, None, None)
+        try:
+            return await self.finish(run, self.script(run, action.command, False), action.timeout)
+        finally:
+            self.run = None
+            self._status = status
+            self.handover.ended()
+
     async def finish(
         self,
         run: Run,

@@ -45,6 +45,9 @@ class Sessions:
         self._shells: dict[str | None, Shell] = {}
         self._opening: dict[str, asyncio.Task[Session]] = {}
 
+        # sessions of the snapshot from which the sandbox was started, until they are opened: request and state
+        self.inherited: dict[str, tuple[CreateBashSessionRequest, str | None]] = {}
+        self.give: Callable[[Session, str], Awaitable[None]] | None = None
         self.memory_kill: Callable[[int | None], str] = lambda exit_code: ""  # see Supervisor.memory_kill
 
     def _add(self, name: str, session: Session) -> None:
@@ -92,6 +95,9 @@ class Sessions:
             if old is not None:
                 await old.close()
             session = await self._open_shell(request)
+            _, state = self.inherited.pop(request.session, (None, None))
+            if state is not None and self.give is not None:
+                await self.give(session, state)
             self._add(request.session, session)
             await faults.point("session.opened")
             if request != DEFAULT:
@@ -126,6 +132,8 @@ class Sessions:
         opening = self._opening.get(name)
         if opening is not None:
             return await asyncio.shield(opening)
+        if name in self.inherited:
+            return await self._open(self.inherited[name][0])
         if name == DEFAULT.session:
             return await self._open(DEFAULT)
         names = ", ".join(self.names()) or "none"

@@ -218,6 +218,10 @@ class Session:
         keep.journal.finish(keep.place, reply, found=found)
         return reply
 
+    async def run_aside(self, action: BashAction) -> BashObservation:
+        """Run a command of the rocklet itself, whose caller holds `between_commands`. `$?` stays as it was."""
+        return await self._interpreter.aside(action)
+
     async def _run_now(self, action: BashAction, sink: Sink | None, keep: JournalEntry | None) -> BashObservation:
         if self.spec.pty is not None and action.separate:
             raise InvalidConfig("stdout and stderr cannot be separate on a pty: a terminal has one stream",
