@@ -124,8 +124,12 @@ class Placer:
     async def check(self, config: SandboxConfig) -> None:
         """Raise the errors that a create would raise at once on some worker, when the worker is not chosen yet."""
         if config.volumes:
-            raise Unsupported("volumes: a Ray cluster decides on which worker a sandbox runs, and volumes stay on one",
+            raise Unsupported("volumes: the cluster decides on which worker a sandbox runs, and volumes stay on one",
                               hint="use the scheduler of ROCK, or leave volumes unset")  # fmt: skip
+        if self.reservations is not None:
+            self.reservations.check(config)
+            if self.reservations.exclusive:
+                return  # each worker has a sandbox already
         for worker in self._workers.values():
             with contextlib.suppress(Unavailable):
                 await worker.check(config)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from rock.admin.workers.client import Worker
-from rock.errors import NotFound, RockError, Unavailable
+from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.http.asgi import App
 from rock.protocol.node import Beat, JoinWorker, Lease, NodeStatus, WorkerInfo, WorkerLease, WorkerState
 from rock.protocol.routes import OUTAGE
@@ -63,6 +63,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.apps = apps
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
+        self.check_join: Callable[[JoinWorker], None] | None = None  # raises for a worker that must not join
         self.version = 0  # grows when a worker joins, leaves, or is drained
         self._joining: dict[str, int] = {}  # epochs that were assigned here, and without a heartbeat yet
         self._registry = registry
@@ -268,6 +269,8 @@ class WorkerRegistry(Mapping[str, Worker]):
         """A worker joins. Conflict, Unavailable."""
         if spec.name in self.fixed:
             raise NotFound(f"{spec.name} is a worker of ROCK_WORKERS", hint="choose another --name")
+        if self.check_join is not None:
+            self.check_join(spec)
         info = await self._table().join(spec)
         if info.epoch != spec.epoch:
             self._joining[info.name] = info.epoch  # the worker does not know its epoch before it has the response
@@ -296,6 +299,16 @@ class WorkerRegistry(Mapping[str, Worker]):
         """Remove a lost worker. Conflict, NotFound."""
         await self._table().remove(name)
         await self.refresh()
+
+    async def dismiss(self, name: str) -> None:
+        """Remove a worker whose machine is gone for good. The next refresh shows it."""
+        member = self._members.get(name)
+        info = member.info if member is not None else self._lost.get(name)
+        if info is None:
+            return
+        await self._table().lose(name, info.epoch)
+        with contextlib.suppress(Conflict, NotFound):
+            await self._table().remove(name)
 
     async def info(self, name: str) -> WorkerInfo:
         """A worker that joined. NotFound."""

@@ -357,7 +357,7 @@ def http_over(
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """The application of a process with these settings."""
-    alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler != "ray"
+    alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler not in ("ray", "kubernetes")
     if role is Server and not alone:
         return Control(settings, make_store(settings))
     return role(settings)
