@@ -21,6 +21,7 @@ running operations when the server in front of it is gone |
 | ROCK_UI | on | off: no web page, and no route below /ui |
 | ROCK_AUDIT_DAYS | 90 | retention of the audit log in days; 0 keeps no log |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
+| ROCK_CONTAINER_IMAGE | none | of a rocklet in a container: its image, which runtime "process" then has |
 | ROCK_DISK_LIMIT | 10g | bytes of written files above which a sandbox without `disk` is ended; 0 is no limit |
 | ROCK_INSECURE_REGISTRIES | none | registries that are contacted without TLS, comma-separated |
 | ROCK_PRIVATE_REGISTRIES | none | registries on private addresses that tenants may use, comma-separated |
@@ -64,6 +65,7 @@ each sandbox, docs/guides/kubernetes.md |
 | ROCK_KUBERNETES_NAMESPACE | the context's, else rock | the namespace of sandbox pods |
 | ROCK_KUBERNETES_INSTANCE | rock | a name of this installation; pods of others in the namespace are not touched |
 | ROCK_KUBERNETES_QPS | 50 | requests per second to the API server, after a burst of twice as many |
+| ROCK_KUBERNETES_RESYNC | 60 | seconds between two lists of all pods, beside the watch |
 | ROCK_KUBERNETES_UNSCHEDULABLE | 60 | seconds that a pod may wait for a node until its sandbox fails |
 | KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT | none | the API server, as a cluster gives it to its pods |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
@@ -295,6 +297,7 @@ class Settings:
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     disk_limit: str = "10g"
+    container_image: str = ""
     host_mounts: str = ""
     network_resolvers: str = ""
     docker_host: str = ""
@@ -327,6 +330,7 @@ class Settings:
     kubernetes_namespace: str = ""
     kubernetes_instance: str = "rock"
     kubernetes_qps: float = 50.0
+    kubernetes_resync: float = 60.0
     kubernetes_unschedulable: float = 60.0
     kubernetes_host: str = ""
     kubernetes_port: str = ""
@@ -445,11 +449,13 @@ class Settings:
             ("kubernetes_namespace", str),
             ("kubernetes_instance", str),
             ("kubernetes_qps", float),
+            ("kubernetes_resync", float),
             ("kubernetes_unschedulable", float),
             ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),
             ("disk_limit", str),
+            ("container_image", str),
             ("host_mounts", str),
             ("image_budget", str),
             ("image_max_bytes", str),
@@ -479,7 +485,8 @@ class Settings:
                     raise ValueError(f"ROCK_{name.upper()}={text!r} is not a number") from None
         values |= {k: v for k, v in given.items() if v is not None}
         for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0), ("reconnect_timeout", 0.0),
-                            ("env_lease", 1.0), ("kubernetes_qps", 0.1), ("kubernetes_unschedulable", 0.0)):
+                            ("env_lease", 1.0), ("kubernetes_qps", 0.1), ("kubernetes_resync", 1.0),
+                            ("kubernetes_unschedulable", 0.0)):
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")

@@ -129,7 +129,7 @@ client.patch(Pod, "light", {"metadata": {"annotations": {"a": "b"}}})
 assert client.get(Pod, "light").metadata.annotations == {"a": "b"}
 assert [one.metadata.name for one in client.list(Pod, labels={"by": "lightkube"})] == ["light"]
 client.delete(Pod, "light", grace_period=1)
-for kind, found in client.watch(Pod):
+for kind, found in client.watch(Pod, resource_version=made.metadata.resourceVersion):
     if kind == "DELETED" and found.metadata.name == "light":
         break
 print("done")
@@ -179,7 +179,7 @@ def test_pages_and_an_expired_version(cluster: FakeCluster) -> None:
             cluster.create(pod(f"many-{number}", nodeSelector={"none": "here"}))
         before = cluster.api.counts.get(("GET", "pods"), 0)
         found, version = await api.list(PODS)
-        assert len([one for one in found if name_of(one).startswith("many-")]) == 620
+        assert len([one for one in found if name_of(one).startswith("many-")]) == 520
         assert cluster.api.counts["GET", "pods"] - before == 2, "500 objects are one page"
         cluster.call(lambda: cluster.objects.delete(cluster_kind(), "default", "many-1"))
         cluster.call(cluster.objects.compact)
@@ -189,8 +189,8 @@ def test_pages_and_an_expired_version(cluster: FakeCluster) -> None:
         await api.close()
 
     asyncio.run(work())
-    for number in (0, *range(2, 620)):
-        cluster.call(lambda number=number: cluster.objects.delete(cluster_kind(), "default", f"many-{number}"))  # type: ignore[misc]
+    left = [number for number in range(520) if number != 1]
+    cluster.call(lambda: [cluster.objects.delete(cluster_kind(), "default", f"many-{number}") for number in left])
 
 
 def cluster_kind() -> Any:

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.machines import KEY, TOKEN, server
-from tests.conftest import RunningServer
-from tests.waiting import until
 
-from rock.errors import Conflict, ImageError, InvalidConfig, NoCapacity, NotFound, RockError, Unsupported
+from rock.errors import ImageError, InvalidConfig, NoCapacity, RockError, Unsupported
 from rock.kubernetes.informer import name_of
 from rock.kubernetes.templates import pod_name
 from rock.protocol.keys import POD_PREFIX, pod_key
@@ -26,6 +23,9 @@ from rock.protocol.sandbox import Cause, Isolation, SandboxInfo, State
 from rock.sync import Client, Sandbox
 from rock.testing.kubernetes import FakeCluster
 from rock.testing.kubernetes.nodes import PODS
+from tests.cluster.machines import KEY, TOKEN, server
+from tests.conftest import RunningServer
+from tests.waiting import until
 
 FULL = bool(os.environ.get("ROCK_TEST_KUBERNETES"))
 MANY = 1000 if FULL else 60
@@ -56,7 +56,7 @@ class World:
             self._folder / "home", self.port, ROCK_SCHEDULER="kubernetes", ROCK_KUBERNETES_TEMPLATES=str(templates),
             ROCK_KUBERNETES_CONFIG=self.cluster.kubeconfig, ROCK_KUBERNETES_NAMESPACE="boxes",
             ROCK_ADVERTISE=f"http://127.0.0.1:{self.port}", ROCK_KUBERNETES_QPS="2000",
-            ROCK_KUBERNETES_UNSCHEDULABLE="0", **self._settings)  # fmt: skip
+            ROCK_KUBERNETES_UNSCHEDULABLE="0", ROCK_KUBERNETES_RESYNC="3", **self._settings)  # fmt: skip
 
     def stop(self) -> None:
         try:
@@ -151,13 +151,13 @@ def test_an_image_that_cannot_be_pulled_fails_at_once(world: World, reason: str)
 
 def test_no_node_has_room(world: World) -> None:
     with pytest.raises(NoCapacity, match="no node has room"):
-        world.sandbox(labels={"rock.kubernetes.template": "gpu"}, cpus=1.0).start()
+        world.sandbox(labels={"rock.kubernetes.template": "gpu"}, gpus=1, gpu_type="A100").start()
     until(lambda: world.pods() == [], 20, "its pod is left")
 
 
 def test_what_a_pod_cannot_do_is_refused_before_it_exists(world: World) -> None:
     for fields, kind in (({"labels": {"rock.kubernetes.template": "none"}}, InvalidConfig),
-                         ({"auto_delete_seconds": 60}, Unsupported)):  # fmt: skip
+                         ({"retain": 60}, Unsupported)):  # fmt: skip
         with pytest.raises(kind):
             world.sandbox(**fields).start()
     assert world.pods() == []
@@ -234,7 +234,7 @@ def test_an_outage_of_the_api_server_ends_nothing(world: World) -> None:
     thread.join(90)
     assert waiting.run("echo late").output == "late\n"
     assert [box.run("echo on").output for box in boxes] == ["on\n"] * 3
-    assert set(world.cluster.nodes.started[name] for name in world.pods()) == {1}, "no pod was started twice"
+    assert {world.cluster.nodes.started[name] for name in world.pods()} == {1}, "no pod was started twice"
 
 
 def test_faults_of_requests_and_watches(world: World) -> None:
@@ -306,7 +306,7 @@ def test_the_key_of_a_pod_joins_as_its_worker_only(world: World) -> None:
         key = pod_key(TOKEN, own)
         address = world.pod_of(sandbox)["status"]["podIP"]
         with Client(world.server.url, key) as client:
-            with pytest.raises(RockError, match="may not do that|key"):
+            with pytest.raises(RockError, match="key"):
                 client.list_sandboxes()
             status = NodeStatus(host_name="x", host_ip="x", runtime="fake", isolation=Isolation.NONE, cpus=1,
                                 memory_total=1, memory_free=1, sandboxes=0, sandbox_limit=1)  # fmt: skip
@@ -331,8 +331,8 @@ def test_a_real_rocklet_in_a_pod(tmp_path: Path) -> None:
     try:
         with world.sandbox() as sandbox:
             assert sandbox.run("echo $((6 * 7))").output == "42\n"
-            sandbox.write_file("/tmp/rock-k8s-file", "x") if hasattr(sandbox, "write_file") else None
-            with pytest.raises((Conflict, NoCapacity, NotFound, RockError)):
-                Sandbox(base_url=world.server.url, api_key=KEY, sandbox_id=sandbox.sandbox_id, image="y:1").start()
+            assert sandbox.info().runtime == "process"
+            pid = int(sandbox.run("echo $PPID").output)
+        until(lambda: not Path(f"/proc/{pid}").exists(), 20, "its processes are left")
     finally:
         world.stop()

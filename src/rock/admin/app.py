@@ -95,11 +95,12 @@ def pods_of(settings: Settings, workers: WorkerRegistry) -> PodReservations:
                                 hint="set ROCK_KUBERNETES_CONFIG to a kubeconfig, or mount the token of the pod")
         access = found
     made = PodSettings(settings.kubernetes_namespace or access.namespace or "rock", settings.advertise,
-                       settings.worker_key, settings.kubernetes_instance, settings.kubernetes_unschedulable)
+                       settings.worker_key, settings.kubernetes_instance, settings.kubernetes_unschedulable,
+                       settings.kubernetes_resync)  # fmt: skip
     pods = PodReservations(Api(access, settings.kubernetes_qps),
                            read_templates(Path(settings.kubernetes_templates).expanduser()), made,
-                           lambda name: name in workers and not workers.is_silent(name))  # fmt: skip
-    workers.on_change.append(pods.changed)
+                           lambda name: workers.is_ready(name) and not workers.is_silent(name))  # fmt: skip
+    workers.on_ready.append(pods.changed)
     return pods
 
 

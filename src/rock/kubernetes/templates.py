@@ -166,7 +166,7 @@ def manifest(sandbox_id: str, template: Template, config: SandboxConfig, joining
     spec.setdefault("enableServiceLinks", False)
     spec.setdefault("terminationGracePeriodSeconds", 10)
     container: Object = spec["containers"][0]
-    own = _environment(name, template.port, joining)
+    own = _environment(name, template.port, config.image, joining)
     taken = {row["name"] for row in own}
     container["env"] = own + [row for row in container.get("env") or [] if row.get("name") not in taken]
     ports = container.setdefault("ports", [])
@@ -176,11 +176,11 @@ def manifest(sandbox_id: str, template: Template, config: SandboxConfig, joining
             "metadata": {"name": name, "labels": labels, "annotations": annotations}, "spec": spec}  # fmt: skip
 
 
-def _environment(name: str, port: int, joining: Joining) -> list[Object]:
+def _environment(name: str, port: int, image: str, joining: Joining) -> list[Object]:
     fixed = {
         "ROCK_JOIN": joining.servers, "ROCK_WORKER_NAME": name, "ROCK_API_KEY": joining.key,
         "ROCK_ADVERTISE": f"http://$(POD_IP):{port}", "ROCK_HOST": "0.0.0.0", "ROCK_PORT": str(port),
-        "ROCK_SANDBOX_LIMIT": "1", "ROCK_POOL_SIZE": "0",
+        "ROCK_CONTAINER_IMAGE": image.replace("$(", "$$("), "ROCK_SANDBOX_LIMIT": "1", "ROCK_POOL_SIZE": "0",
     }  # fmt: skip
     address: Object = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
     return [address, *({"name": key, "value": value} for key, value in fixed.items())]

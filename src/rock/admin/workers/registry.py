@@ -52,7 +52,8 @@ class WorkerRegistry(Mapping[str, Worker]):
     """Workers by name. fixed: those of the start. apps: the data plane of each; updated. reach: connects to workers
     that join; without it none may join.
 
-    on_change: called with a name when a worker joined, joined again under another epoch, or left.
+    on_change: called with a name when a worker joined, joined again under another epoch, or left. on_ready: called
+    with a name when a worker that joined knows its epoch: before that it refuses commands.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.apps = apps
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
+        self.on_ready: list[Callable[[str], None]] = []
         self.check_join: Callable[[JoinWorker], None] | None = None  # raises for a worker that must not join
         self.version = 0  # grows when a worker joins, leaves, or is drained
         self._joining: dict[str, int] = {}  # epochs that were assigned here, and without a heartbeat yet
@@ -129,17 +131,25 @@ class WorkerRegistry(Mapping[str, Worker]):
                     member.changed_at += unheard
             self._looked_at = now
             self._lost = {name: info for name, info in found.items() if info.is_lost}
-            changed = []
+            changed, ready = [], []
             for name in [name for name in self._members if name not in found or found[name].is_lost]:
                 log.warning("worker %s is gone", name)
                 await self._forget(name)
                 changed.append(name)
             for name, info in found.items():
-                if not info.is_lost and await self._seen(name, info, now):
+                if info.is_lost:
+                    continue
+                before = self.is_ready(name)
+                if await self._seen(name, info, now):
                     changed.append(name)
+                if self.is_ready(name) and (not before or name in changed):
+                    ready.append(name)
         self.version += bool(changed)
         for name in changed:
             for listener in self.on_change:
+                listener(name)
+        for name in ready:
+            for listener in self.on_ready:
                 listener(name)
 
     async def _seen(self, name: str, info: WorkerInfo, now: float) -> bool:
@@ -185,6 +195,11 @@ class WorkerRegistry(Mapping[str, Worker]):
         return self.get(name or "")
 
     # ---- state of workers ----
+
+    def is_ready(self, name: str) -> bool:
+        """Whether a worker is there and knows its epoch."""
+        member = self._members.get(name)
+        return name in self.fixed if member is None else member.joined
 
     def is_failing(self, name: str) -> bool:
         """Whether a worker that joined accepted no connection a moment ago."""

@@ -67,7 +67,8 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     from rock.runtime.process.runtime import ProcessRuntime, can_hold_init
 
     process = ProcessRuntime if can_hold_init() else PlainRuntime
-    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
+    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process", settings.container_image),
+                                    "fake": FakeRuntime()}
     if sys.platform == "linux" and can_hold_init():
         from rock.runtime.docker.runtime import DockerRuntime
         from rock.runtime.gvisor.runtime import GvisorRuntime

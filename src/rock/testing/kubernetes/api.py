@@ -246,8 +246,9 @@ class ApiServer:
         streams = query.get("sendInitialEvents") == "true"  # a list as events, which a bookmark ends
         watch = self.objects.watch(kind, matches, "" if streams else query.get("resourceVersion", ""))
         if streams:
-            mark = {"resourceVersion": str(self.objects.version), "annotations": {"k8s.io/initial-events-end": "true"}}
-            watch.queue.put_nowait(("BOOKMARK", {"kind": kind.kind, "apiVersion": kind.group_version, "metadata": mark}))
+            meta = {"resourceVersion": str(self.objects.version), "annotations": {"k8s.io/initial-events-end": "true"}}
+            mark = {"kind": kind.kind, "apiVersion": kind.group_version, "metadata": meta}
+            watch.queue.put_nowait(("BOOKMARK", mark))
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         gone = asyncio.create_task(_disconnected(receive))
         end = asyncio.get_running_loop().time() + float(query.get("timeoutSeconds") or 3600)
