@@ -175,8 +175,8 @@ def test_objects_through_the_client(cluster: FakeCluster) -> None:
 def test_pages_and_an_expired_version(cluster: FakeCluster) -> None:
     async def work() -> None:
         api = Api(access(cluster), qps=3000)
-        for number in range(620):
-            cluster.create(pod(f"many-{number}", nodeSelector={"none": "here"}))
+        bodies = [pod(f"many-{number}", nodeSelector={"none": "here"}) for number in range(520)]
+        cluster.call(lambda: [cluster.objects.create(cluster_kind(), "default", body) for body in bodies])
         before = cluster.api.counts.get(("GET", "pods"), 0)
         found, version = await api.list(PODS)
         assert len([one for one in found if name_of(one).startswith("many-")]) == 520

@@ -37,13 +37,14 @@ try:
         os.chdir(folder)
         low = "low"
         if what == "idmap":
-            fd = userns.make("0 300000 65536\\n", "0 300000 65536\\n")
+            base = userns.IDS.first
+            fd = userns.make(userns.IDS.lines(base), userns.IDS.lines(base))
             for source, target in (("low", "l"), ("rw", "rw")):
                 tree = kernel.open_tree(source)
                 kernel.set_attributes(tree, 0, userns=fd)
                 kernel.move_mount(tree, target)
             low = "l"
-            kernel.set_file_owner(300000)
+            kernel.set_file_owner(base)
             kernel.capset((1 << 41) - 1 & int(open("/proc/self/status").read().split("CapPrm:")[1].split()[0], 16))
         kernel.mount("overlay", "m", "overlay", 0, "lowerdir=%s,upperdir=rw/up,workdir=rw/work%s" % (
             low, "" if root else ",userxattr"))
