@@ -9,12 +9,15 @@ Level A is root of that namespace; level B is an ordinary user without capabilit
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rock.runtime.namespace.launcher import userns
+from tests.unprivileged import open_to_all
 
 FIRST, COUNT = 1_000_000_000, 65_536
 _SETUP = """
@@ -33,8 +36,8 @@ fi
 
 
 class PodBox:
-    """level: A or B. masked: /proc as a runtime masks it without procMount: Unmasked. checkout: source and packages that
-    any user can read; home: a folder of the tests."""
+    """level: A or B. home: a folder of the tests, in which anybody may enter. path: PYTHONPATH. masked: /proc as it is
+    without procMount: Unmasked."""
 
     def __init__(self, level: str, home: Path, path: str, masked: bool = False) -> None:
         self.level = level
@@ -54,9 +57,10 @@ class PodBox:
     def run(self, *argv: str, timeout: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a program in a new box, to its end."""
         self._home.mkdir(exist_ok=True)
-        drop = "exec " if self.level == "A" else "exec setpriv --reuid 1000 --regid 1000 --clear-groups --bounding-set=-all "
+        drop = "exec "
         if self.level == "B":
-            drop = "chown 1000:1000 \"$BOX_HOME\"; " + drop
+            user = "--reuid 1000 --regid 1000 --clear-groups --bounding-set=-all"
+            drop = f'chown 1000:1000 "$BOX_HOME"; exec setpriv {user} '
         given = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": self._path,
                  "BOX_HOME": str(self._home), "BOX_MASKED": "1" if self._masked else "", "HOME": str(self._home),
                  "TMPDIR": str(self._home), "ROCK_HOME": f"{self._home}/rock", "LANG": "C.UTF-8",
@@ -67,3 +71,19 @@ class PodBox:
                  "unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child",
                  "bash", "-c", _SETUP + drop + '"$@"', "box", *argv],
                 env=given, pass_fds=[fd], capture_output=True, text=True, timeout=timeout, cwd="/")  # fmt: skip
+
+
+@contextmanager
+def readable_path(folder: Path) -> Iterator[str]:
+    """PYTHONPATH of the checkout and its packages for any user; copies where the checkout is private."""
+    top, packages = Path(__file__).parent.parent.parent, Path(sysconfig.get_paths()["purelib"])
+    found = []
+    for name, source in (("src", top / "src"), ("tests", top / "tests"), ("packages", packages)):
+        if open_to_all(source):
+            found.append(str(source if name != "tests" else top))
+            continue
+        folder.chmod(0o755)
+        target = folder / ("checkout/tests" if name == "tests" else name)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        found.append(str(target if name != "tests" else target.parent))
+    yield ":".join(found)

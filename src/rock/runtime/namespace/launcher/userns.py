@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-
 from dataclasses import dataclass
 
 from rock.runtime.namespace.launcher import kernel
