@@ -384,9 +384,12 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
             finally:
                 server.let_go()
 
+        membership = server.membership if isinstance(server, Rocklet) else None
+        if membership is not None:  # rock worker drain --self
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, membership.leave)
         with stop_on_signals(http, drain):
             scheme = "https" if settings.tls_cert else "http"
-            server.home.write(settings.host, port, settings.tls_cert)
+            server.home.write(settings.host, port, settings.tls_cert, membership is not None)
             reserve = asyncio.create_task(server.home.reserve.keep(), name="reserve")
             gc.freeze()  # excludes existing objects from garbage collections, which stop all requests
             gc.enable()
