@@ -28,7 +28,7 @@ from tests.conftest import RunningServer
 from tests.waiting import until
 
 FULL = bool(os.environ.get("ROCK_TEST_KUBERNETES"))
-MANY = 1000 if FULL else 60
+MANY = int(os.environ.get("ROCK_TEST_PODS") or (1000 if FULL else 60))
 TEMPLATES = {
     "default": {"template": {"spec": {"containers": [{
         "name": "main", "image": "{{ image }}",

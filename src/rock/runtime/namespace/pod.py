@@ -174,3 +174,7 @@ def table() -> str:
     rows = ["| level | runtime | a sandbox has | lines of the pod | admission |", "|---|---|---|---|---|"]
     rows += [f"| {one.name} | {one.runtime} | {one.gives} | {one.pod} | {one.admission} |" for one in LEVELS]
     return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())  # noqa: T201 - for docs/guides/kubernetes.md
