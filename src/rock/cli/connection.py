@@ -66,7 +66,6 @@ def drain_rocklet() -> Callable[[], int]:
     import os
     import signal
 
-    from rock.protocol.node import NodeInventory
     from rock.sync import Client
 
     home = settings.home()
@@ -79,7 +78,7 @@ def drain_rocklet() -> Callable[[], int]:
     own = Client(url, OPTIONS.api_key)
 
     def left() -> int:
-        return len(NodeInventory.model_validate(own.transport.json("GET", "/node/v1/sandboxes")).sandboxes)
+        return len(own.transport.json("GET", "/node/v1/sandboxes")["sandboxes"])
 
     return left
 

@@ -8,6 +8,7 @@ import click
 
 from rock.cli.output import as_json, busy, table
 from rock.cli.parsing import Group, json_option
+from rock.settings import Settings
 
 if TYPE_CHECKING:
     from rock.runtime.base import Runtime
@@ -47,7 +48,6 @@ def store(repair: bool, images: bool, json_: bool) -> int:
     The exit code is 1 when something is damaged and was not repaired.
     """
     from rock.cli.serve.storecheck import Check, as_data
-    from rock.settings import Settings
 
     with busy("checking the files of the server"):
         found = Check(Settings.read(), repair, images).run()
@@ -63,7 +63,6 @@ def store(repair: bool, images: bool, json_: bool) -> int:
 
 def _pod() -> list[Finding]:
     from rock.runtime.namespace import pod
-    from rock.settings import Settings
 
     return pod.report(Settings.read().run_dir)
 
@@ -101,7 +100,6 @@ def _engine() -> list[Finding]:
     import asyncio
 
     from rock.runtime.docker.spec import findings
-    from rock.settings import Settings
 
     return asyncio.run(findings(Settings.read().docker_host))
 

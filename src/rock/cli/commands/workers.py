@@ -6,7 +6,7 @@ import time
 
 import click
 
-from rock.cli.connection import client
+from rock.cli.connection import client, drain_rocklet
 from rock.cli.output import as_json, busy, table
 from rock.cli.parsing import Group, json_option
 from rock.errors import Unavailable
@@ -78,8 +78,6 @@ def drain(name: str | None, own: bool, wait: float, json_: bool) -> None:
 def _drain_own(end: float, json_: bool) -> None:
     """Drain the rocklet of this machine until a time. It needs no rights at the server: a signal, and the rocklet's own
     list with its own key."""
-    from rock.cli.connection import drain_rocklet
-
     left = drain_rocklet()
     waits = end > time.monotonic()
     with busy("waiting until this worker has no sandboxes"):

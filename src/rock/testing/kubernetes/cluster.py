@@ -16,8 +16,7 @@ import uvicorn
 
 from rock.cli.serve.serve import http_over, listen
 from rock.testing.kubernetes.api import ApiServer, Faults
-from rock.testing.kubernetes.machines import EmbeddedRocklet, Idle, Machine, RockletProcess
-from rock.testing.kubernetes.nodes import PODS, Nodes
+from rock.testing.kubernetes.nodes import PODS, EmbeddedRocklet, Idle, Machine, Nodes, RockletProcess
 from rock.testing.kubernetes.objects import KINDS, Object, Objects, key_of
 
 T = TypeVar("T")
