@@ -209,10 +209,10 @@ def test_throttling_and_no_server(cluster: FakeCluster) -> None:
         finally:
             cluster.faults.throttled = 0.0
         await api.close()
-        nobody = Api(Access("http://127.0.0.1:9"))
+        absent = Api(Access("http://127.0.0.1:9"))
         with pytest.raises(Unavailable, match="not reached"):
-            await nobody.create(PODS, pod("x"))
-        await nobody.close()
+            await absent.create(PODS, pod("x"))
+        await absent.close()
 
     asyncio.run(work())
 

@@ -84,7 +84,7 @@ def test_sandboxes_in_a_pod(level: str, home: Path, path: str) -> None:
     if level == "A":
         assert (found["isolation"], found["most"]) == ("namespaces", 63)
         assert found["map"][2::3] == ["1023", "1"] and found["map"] != found["other_map"]
-        assert found["chown"] == 0, "other users own files, nobody too"
+        assert found["chown"] == 0, "other users own files, user 65534 too"
         assert (found["many"], found["refusal"]) == (63, "NoCapacity")
     else:
         assert (found["isolation"], found["most"]) == ("userns", None) and found["map"] == ["0", "0", "1"]

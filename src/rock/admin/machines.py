@@ -19,7 +19,7 @@ from rock.errors import NotFound, RockError
 from rock.kubernetes.pods import PodReservations
 from rock.protocol.keys import POD_PREFIX
 from rock.protocol.sandbox import Cause, State
-from rock.scheduler.base import Ended
+from rock.scheduler.base import MachineEnd
 from rock.store.base import Query
 
 log = logging.getLogger("rock.workers")
@@ -54,17 +54,17 @@ class Machines:
         registry = self._service.workers
         for worker, reason in self._pods.silent().items():
             if registry.is_silent(worker):
-                await self._end(worker, Ended(Cause.LOST, reason))
+                await self._end(worker, MachineEnd(Cause.LOST, reason))
         if time.monotonic() - self._swept_at > _SWEEP:
             await self._service.placer.sweep(self._service.store)
             names = [name for name in {*registry, *registry.lost()} if name.startswith(POD_PREFIX)]
             for worker in names:
                 if not self._pods.is_here(worker) and await self._pods.is_gone(worker):
-                    await self._end(worker, Ended(Cause.LOST, f"its pod {worker} is gone"))
+                    await self._end(worker, MachineEnd(Cause.LOST, f"its pod {worker} is gone"))
                     await registry.dismiss(worker)
             self._swept_at = time.monotonic()
 
-    async def _end(self, worker: str, ended: Ended) -> int:
+    async def _end(self, worker: str, ended: MachineEnd) -> int:
         """Record the end of the sandboxes of a worker; returns their number."""
         records = await self._service.store.list(Query(states=_ALIVE, fields={"worker": worker}))
         for record in records:

@@ -134,12 +134,12 @@ def in_cluster(folder: Path = SERVICE_ACCOUNT, host: str = "", port: str = "") -
 
 def from_kubeconfig(path: Path) -> Access:
     """The access of the current context. InvalidConfig, Unsupported."""
-    told = document(path, "kubeconfig")
-    if not isinstance(told, dict):
+    content = document(path, "kubeconfig")
+    if not isinstance(content, dict):
         raise _invalid(path, "it has no mapping")
-    context = _named(path, told, "contexts", "context", told.get("current-context"))
-    cluster = _named(path, told, "clusters", "cluster", context.get("cluster"))
-    user = _named(path, told, "users", "user", context.get("user")) if context.get("user") else {}
+    context = _named(path, content, "contexts", "context", content.get("current-context"))
+    cluster = _named(path, content, "clusters", "cluster", context.get("cluster"))
+    user = _named(path, content, "users", "user", context.get("user")) if context.get("user") else {}
     for name in ("exec", "auth-provider", "username"):
         if user.get(name):
             raise Unsupported(f"{path}: `{name}` of a user is not supported: a kubeconfig starts no programs here",
@@ -158,8 +158,8 @@ def from_kubeconfig(path: Path) -> Access:
                   cluster.get("insecure-skip-tls-verify") is True)  # fmt: skip
 
 
-def _named(path: Path, told: dict[str, Any], kind: str, key: str, name: object) -> dict[str, Any]:
-    rows = told.get(kind)
+def _named(path: Path, content: dict[str, Any], kind: str, key: str, name: object) -> dict[str, Any]:
+    rows = content.get(kind)
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict) and row.get("name") == name and isinstance(row.get(key), dict):
             found: dict[str, Any] = row[key]

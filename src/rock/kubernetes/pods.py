@@ -23,7 +23,7 @@ from rock.kubernetes.informer import Informer, name_of, uid_of
 from rock.kubernetes.templates import ID_LABEL, OWNER_LABEL, Joining, Template, manifest, pod_name, template_for
 from rock.protocol.keys import pod_key
 from rock.protocol.sandbox import SandboxConfig
-from rock.scheduler.base import Ended
+from rock.scheduler.base import MachineEnd
 
 log = logging.getLogger("rock.kubernetes")
 
@@ -119,9 +119,9 @@ class PodReservations:
         if event is not None:
             event.set()
 
-    def failures(self) -> dict[str, Ended]:
+    def failures(self) -> dict[str, MachineEnd]:
         """By worker: machines that ended, and are not released."""
-        return {name: Ended(failure.cause, failure.message) for name, failure in self._failures.items()}
+        return {name: MachineEnd(failure.cause, failure.message) for name, failure in self._failures.items()}
 
     def forget(self, worker: str) -> None:
         """Nothing is left of a machine that ended."""

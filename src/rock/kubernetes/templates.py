@@ -65,10 +65,10 @@ def pod_name(sandbox_id: str) -> str:
 
 def read_templates(path: Path) -> dict[str, Template]:
     """The templates of a file, by name. InvalidConfig, Unsupported."""
-    told = document(path, "ROCK_KUBERNETES_TEMPLATES")
-    if isinstance(told, dict) and isinstance(told.get("k8s"), dict):
-        told = told["k8s"]
-    rows = told.get("templates") if isinstance(told, dict) else None
+    content = document(path, "ROCK_KUBERNETES_TEMPLATES")
+    if isinstance(content, dict) and isinstance(content.get("k8s"), dict):
+        content = content["k8s"]
+    rows = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(rows, dict) or not rows:
         raise _invalid(path, "it has no `templates`", "add templates: {default: {template: {spec: ...}}}")
     return {str(name): _template(path, str(name), row) for name, row in rows.items()}
@@ -91,7 +91,7 @@ def _template(path: Path, name: str, row: object) -> Template:
 
 
 def _check(path: Path, name: str, value: object) -> None:
-    """InvalidConfig for what of Jinja is not supported."""
+    """InvalidConfig for parts of Jinja that are not supported."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _check(path, name, key)
@@ -111,7 +111,7 @@ def _check(path: Path, name: str, value: object) -> None:
 
 
 def _invalid(path: Path, why: str, hint: str) -> InvalidConfig:
-    return InvalidConfig(f"ROCK_KUBERNETES_TEMPLATES: {path}: {why}", hint=hint)
+    return InvalidConfig(f"the pod templates of {path} are not usable: {why}", hint=hint)
 
 
 # ---- rendering ----

@@ -36,7 +36,7 @@ class Scheduler(Protocol):
 
 
 @dataclass(frozen=True)
-class Ended:
+class MachineEnd:
     """Why a reserved machine ended."""
 
     cause: Cause
@@ -55,7 +55,7 @@ class Reservations(Protocol):
         """Raise what no time could change: InvalidConfig, Unsupported."""
         ...
 
-    def failures(self) -> Mapping[str, Ended]:
+    def failures(self) -> Mapping[str, MachineEnd]:
         """By the names of exclusive workers: those whose machine has ended for good, until they are released."""
         ...
 

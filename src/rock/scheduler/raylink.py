@@ -20,7 +20,7 @@ from typing import Any
 
 from rock.errors import Conflict, InvalidConfig, NoCapacity, RockError, Unavailable
 from rock.protocol.sandbox import SandboxConfig
-from rock.scheduler.base import Ended
+from rock.scheduler.base import MachineEnd
 
 log = logging.getLogger("rock.ray")
 
@@ -158,7 +158,7 @@ class RayReservations:
     def check(self, config: SandboxConfig) -> None:
         bundle_of(config)
 
-    def failures(self) -> Mapping[str, Ended]:
+    def failures(self) -> Mapping[str, MachineEnd]:
         return {}
 
     async def reserve(self, sandbox_id: str, config: SandboxConfig, worker: str | None = None) -> str:

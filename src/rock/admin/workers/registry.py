@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.on_ready: list[Callable[[str], None]] = []
         self.check_join: Callable[[JoinWorker], None] | None = None  # raises for a worker that must not join
         self.version = 0  # grows when a worker joins, leaves, or is drained
+        self._in_join: Counter[str] = Counter()  # requests to join that are being saved, by worker
         self._joining: dict[str, int] = {}  # epochs that were assigned here, and without a heartbeat yet
         self._registry = registry
         self._reach = reach
@@ -173,7 +175,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         member = self._members.get(name)
         if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
             self.version += member.info.state is not info.state
-            member.joined |= self._joining.get(name) != info.epoch
+            member.joined |= self._knows(name, info.epoch)
             if member.info.beat != info.beat:
                 member.changed_at, member.status = now, info.status
             member.info = info
@@ -182,9 +184,13 @@ class WorkerRegistry(Mapping[str, Worker]):
             await self._forget(name)
         log.info("worker %s at %s, epoch %d", name, info.url, info.epoch)
         made = self._reach(info)
-        self._members[name] = _Member(info, now, made, info.status, self._joining.get(name) != info.epoch)
+        self._members[name] = _Member(info, now, made, info.status, self._knows(name, info.epoch))
         self.apps[name] = made.app
         return True
+
+    def _knows(self, name: str, epoch: int) -> bool:
+        """Whether a worker knows the epoch of its row: not while a request to join is saved, which may have set it."""
+        return self._joining.get(name) != epoch and name not in self._in_join
 
     async def _forget(self, name: str) -> None:
         member = self._members.pop(name)
@@ -301,7 +307,13 @@ class WorkerRegistry(Mapping[str, Worker]):
             raise NotFound(f"{spec.name} is a worker of ROCK_WORKERS", hint="choose another --name")
         if self.check_join is not None:
             self.check_join(spec)
-        info = await self._table().join(spec)
+        self._in_join[spec.name] += 1
+        try:
+            info = await self._table().join(spec)
+        finally:
+            self._in_join[spec.name] -= 1
+            if not self._in_join[spec.name]:
+                del self._in_join[spec.name]
         if info.epoch != spec.epoch:
             self._joining[info.name] = info.epoch  # the worker does not know its epoch before it has the response
         await self._learn(info)

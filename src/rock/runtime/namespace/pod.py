@@ -36,7 +36,7 @@ class Level:
 
 
 LEVELS = (
-    Level("A", "namespace", "namespaces and a system call filter of their own; root inside is nobody on the node; "
+    Level("A", "namespace", "namespaces and a system call filter of their own; root inside has no rights on the node; "
           "1023 user ids each where idmapped mounts work, else one", "hostUsers: false, procMount: Unmasked, "
           "capabilities, seccompProfile, appArmorProfile: Unconfined", "privileged"),
     Level("B", "namespace", "the same, with one user id each; network nat only where the node's kernel has its modules",

@@ -245,9 +245,9 @@ class Nodes:
                 and counts.get(node["metadata"]["name"], 0) < int(node["status"]["capacity"]["pods"])
             ]  # fmt: skip
             if not fit:
-                told = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                content = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
                         "message": f"0/{len(nodes)} nodes are available"}  # fmt: skip
-                self._objects.set_status(PODS, *key_of(pod), phase="Pending", conditions=[told])
+                self._objects.set_status(PODS, *key_of(pod), phase="Pending", conditions=[content])
                 continue
             name = min(fit, key=lambda node: counts.get(node["metadata"]["name"], 0))["metadata"]["name"]
             counts[name] = counts.get(name, 0) + 1

@@ -18,7 +18,7 @@ from rock.runtime.namespace.limits import counters
 _FIRST = 200_000
 _RANGE = 65_536
 _SMALL = 1024  # ids of one range where there are few
-_NOBODY = 65_534
+_HIGHEST = 65_534
 _ALL = (1 << 32) - 2
 
 
@@ -44,10 +44,10 @@ class Layout:
         return self.first + self.size * self.most
 
     def lines(self, base: int) -> str:
-        """The map of the range that begins at `base`. A small one has `nobody` as its last id."""
-        if self.size > _NOBODY:
+        """The map of the range that begins at `base`. The last id of a small one is that of user 65534."""
+        if self.size > _HIGHEST:
             return f"0 {base} {self.size}\n"
-        return f"0 {base} {self.size - 1}\n{_NOBODY} {base + self.size - 1} 1\n"
+        return f"0 {base} {self.size - 1}\n{_HIGHEST} {base + self.size - 1} 1\n"
 
 
 def divided(count: int) -> Layout:
