@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
-	training agents ui env-packages gym-extras sync wheel \
+	training agents kubernetes manifests ui env-packages gym-extras sync wheel \
 	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -139,6 +139,15 @@ admins: $(VENV)/ready-dev
 # Three machines as network namespaces, whose network is slow, loses packets, and is cut; needs root.
 cluster: $(VENV)/ready-dev
 	ROCK_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
+
+# Images, chart, client, pod mode and pod-like environments, at full size, with helm and kubectl that are kept in
+# ROCK_TEST_CACHE; `test` runs a short part.
+kubernetes: $(VENV)/ready-dev
+	ROCK_TEST_KUBERNETES=1 $(PY) -m pytest tests/kubernetes
+
+# deploy/kubernetes from the Helm chart; HELM=PROGRAM.
+manifests: $(VENV)/ready-dev
+	$(PY) tools/render_chart.py --helm $(or $(HELM),helm)
 
 # Every request and WebSocket through another server in front: what a sandbox on another machine is reached by.
 front: $(VENV)/ready-dev

@@ -28,13 +28,14 @@ ALLOWED: dict[str, set[str]] = {
     "store": {"store", *GROUND},
     "scheduler": {"scheduler", *GROUND},
     "envhub": {"envhub", "datasets", *GROUND},
+    "kubernetes": {"kubernetes", "scheduler", *GROUND},
     # what runs inside a sandbox, and the plain data that tells the server of it
     "datasets": {"datasets", "guest"},
     "rocklet": {"rocklet", "agents", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
     "gateway": {"gateway", "host", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "ui": {"ui", "admin", "store", *GROUND},
-    "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
+    "admin": {"admin", "envhub", "kubernetes", "scheduler", "store", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},
     "sdk": {"sdk", "agents", "jobs", "protocol", "errors", "settings", "telemetry"},

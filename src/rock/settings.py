@@ -21,6 +21,7 @@ running operations when the server in front of it is gone |
 | ROCK_UI | on | off: no web page, and no route below /ui |
 | ROCK_AUDIT_DAYS | 90 | retention of the audit log in days; 0 keeps no log |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
+| ROCK_CONTAINER_IMAGE | none | of a rocklet in a container: its image, which runtime "process" then has |
 | ROCK_DISK_LIMIT | 10g | bytes of written files above which a sandbox without `disk` is ended; 0 is no limit |
 | ROCK_INSECURE_REGISTRIES | none | registries that are contacted without TLS, comma-separated |
 | ROCK_PRIVATE_REGISTRIES | none | registries on private addresses that tenants may use, comma-separated |
@@ -57,8 +58,17 @@ running operations when the server in front of it is gone |
 unless it is set |
 | ROCK_LEASE_LOST | keep | of a rocklet: its sandboxes while no server responds: keep, or stop after 2/3 of the grace \
 period |
-| ROCK_SCHEDULER | local | "ray": a Ray cluster decides the placement, docs/guides/ray.md |
+| ROCK_SCHEDULER | local | "ray": a Ray cluster decides the placement, docs/guides/ray.md; "kubernetes": one pod for \
+each sandbox, docs/guides/kubernetes.md |
 | ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
+| ROCK_KUBERNETES_TEMPLATES | none | ROCK_SCHEDULER=kubernetes: the pod templates, a YAML or JSON file |
+| ROCK_KUBERNETES_CONFIG | the service account | a kubeconfig, for a server outside of the cluster |
+| ROCK_KUBERNETES_NAMESPACE | the context's, else rock | the namespace of sandbox pods |
+| ROCK_KUBERNETES_INSTANCE | rock | a name of this installation; pods of others in the namespace are not touched |
+| ROCK_KUBERNETES_QPS | 50 | requests per second to the API server, after a burst of twice as many |
+| ROCK_KUBERNETES_RESYNC | 60 | seconds between two lists of all pods, beside the watch |
+| ROCK_KUBERNETES_UNSCHEDULABLE | 60 | seconds that a pod may wait for a node until its sandbox fails |
+| KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT | none | the API server, as a cluster gives it to its pods |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | ROCK_FAULTS | none | for tests: faults at named points, see faults.py |
 | ROCK_LOG_FORMAT | text | text, or json: one object per line |
@@ -288,6 +298,7 @@ class Settings:
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     disk_limit: str = "10g"
+    container_image: str = ""
     host_mounts: str = ""
     network_resolvers: str = ""
     docker_host: str = ""
@@ -315,6 +326,15 @@ class Settings:
     scheduler: str = "local"
     ray_address: str = ""
     ray_home: str = "~/.rock-ray"
+    kubernetes_templates: str = ""
+    kubernetes_config: str = ""
+    kubernetes_namespace: str = ""
+    kubernetes_instance: str = "rock"
+    kubernetes_qps: float = 50.0
+    kubernetes_resync: float = 60.0
+    kubernetes_unschedulable: float = 60.0
+    kubernetes_host: str = ""
+    kubernetes_port: str = ""
     lease_lost: str = "keep"
     archive: str = ""
     archive_limit: str = "64g"
@@ -390,6 +410,8 @@ class Settings:
         env = os.environ if environ is None else environ
         values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None,
                                      "docker_host": env.get("DOCKER_HOST", ""),
+                                     "kubernetes_host": env.get("KUBERNETES_SERVICE_HOST", ""),
+                                     "kubernetes_port": env.get("KUBERNETES_SERVICE_PORT", ""),
                                      "otel_endpoint": env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")}  # fmt: skip
         if env.get("ROCK_CONFIG"):
             from rock import rock_conf  # a YAML parser, needed only here
@@ -424,11 +446,19 @@ class Settings:
             ("scheduler", str),
             ("ray_address", str),
             ("ray_home", str),
+            ("kubernetes_templates", str),
+            ("kubernetes_config", str),
+            ("kubernetes_namespace", str),
+            ("kubernetes_instance", str),
+            ("kubernetes_qps", float),
+            ("kubernetes_resync", float),
+            ("kubernetes_unschedulable", float),
             ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),
             ("snapshot_ttl", float),
             ("disk_limit", str),
+            ("container_image", str),
             ("host_mounts", str),
             ("image_budget", str),
             ("image_max_bytes", str),
@@ -458,7 +488,8 @@ class Settings:
                     raise ValueError(f"ROCK_{name.upper()}={text!r} is not a number") from None
         values |= {k: v for k, v in given.items() if v is not None}
         for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0), ("reconnect_timeout", 0.0),
-                            ("env_lease", 1.0)):  # fmt: skip
+                            ("env_lease", 1.0), ("kubernetes_qps", 0.1), ("kubernetes_resync", 1.0),
+                            ("kubernetes_unschedulable", 0.0)):
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")

@@ -179,8 +179,8 @@ WALLS: list[Wall] = [
     _space("host name: UTS namespace", "CLONE_NEWUTS"),
     _space("network namespace", "CLONE_NEWNET", "network: the host's loopback, IPv4"),
     _init("cgroup namespace", "if _HAS_CGROUPS:", "if False:"),
-    Wall("a range of ids for each sandbox", f"{_SPACE}/records.py", "userns.RANGE * (self._first + number)",
-         "userns.RANGE * self._first + number"),
+    Wall("a range of ids for each sandbox", f"{_SPACE}/records.py", "userns.IDS.size * (self._first + number)",
+         "userns.IDS.size * self._first + number"),
     Wall("an account for each user namespace", f"{_MAKE}/userns.py", "os.seteuid(creator)", "os.seteuid(own)"),
     Wall("resource limits", f"{_MAKE}/furnish.py", 'for name, value in spec["rlimits"]:', "for name, value in []:"),
 

@@ -194,3 +194,13 @@ def test_an_archive_does_not_write_through_its_links(tmp_path: Path) -> None:
     with pytest.raises((ImageError, OSError)):
         unpacked(bytes(out), Part(str(tmp_path / "a")))
     assert os.listdir(tmp_path / "victim") == []
+
+
+def test_a_name_that_is_cut_off_after_a_slash_is_of_a_file(tmp_path: Path) -> None:
+    """The name in the header is the first 100 bytes of the one in the pax header before it."""
+    folder = tmp_path / "from" / ("a" * 40) / ("b" * 58)
+    folder.mkdir(parents=True)
+    (folder / "file").write_bytes(b"content" * 100)
+    assert f"{'a' * 40}/{'b' * 58}/file"[:100].endswith("/")
+    unpacked(packed(Part(str(tmp_path / "from"))), Part(str(tmp_path / "to")))
+    assert listing(tmp_path / "to") == listing(tmp_path / "from")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from rock.admin.api.agentscope import Training
 from rock.admin.api.bare import About, Heartbeats, LazyApp, guarded
@@ -16,8 +18,14 @@ from rock.admin.tenants import Keys, TenantServices
 from rock.admin.workers.leader import Leader
 from rock.admin.workers.registry import WorkerRegistry
 from rock.envhub.catalogue import Catalogue
-from rock.errors import InvalidConfig
+from rock.errors import InvalidConfig, Unavailable
 from rock.http.asgi import App, Scope
+from rock.kubernetes.access import from_kubeconfig, in_cluster
+from rock.kubernetes.client import Api
+from rock.kubernetes.pods import PodReservations, PodSettings
+from rock.kubernetes.templates import read_templates
+from rock.protocol.keys import POD_PREFIX
+from rock.protocol.node import JoinWorker
 from rock.protocol.sandbox import parse_size
 from rock.scheduler.local import LocalScheduler
 from rock.scheduler.raylink import RayReservations
@@ -52,13 +60,15 @@ def _ttl(seconds: float) -> float:
     return seconds
 
 
-def make_reservations(settings: Settings) -> RayReservations | None:
+def make_reservations(settings: Settings, workers: WorkerRegistry) -> RayReservations | PodReservations | None:
     """The external scheduler that decides on placement, if one is configured. InvalidConfig."""
     if settings.scheduler in ("", "local"):
         return None
+    if settings.scheduler == "kubernetes":
+        return pods_of(settings, workers)
     if settings.scheduler != "ray":
         raise InvalidConfig(f"ROCK_SCHEDULER={settings.scheduler} is not a known scheduler",
-                            hint="set ROCK_SCHEDULER=local or ROCK_SCHEDULER=ray")
+                            hint="set ROCK_SCHEDULER to local, ray or kubernetes")
     key = settings.worker_key or settings.api_key
     if key is None:
         raise InvalidConfig("ROCK_SCHEDULER=ray: its rocklets join with a key", hint="set ROCK_API_KEY")
@@ -69,6 +79,47 @@ def make_reservations(settings: Settings) -> RayReservations | None:
         "address": settings.ray_address, "namespace": "rock", "join": settings.advertise, "token": key,
         "runtime": settings.runtime, "home": settings.ray_home,
     })  # fmt: skip
+
+
+def pods_of(settings: Settings, workers: WorkerRegistry) -> PodReservations:
+    """One pod for each sandbox. InvalidConfig, Unsupported."""
+    if not settings.worker_key:
+        raise InvalidConfig("ROCK_SCHEDULER=kubernetes: the keys of pods are derived from ROCK_WORKER_KEY",
+                            hint="set ROCK_WORKER_KEY")  # fmt: skip
+    if not settings.advertise:
+        raise InvalidConfig("ROCK_SCHEDULER=kubernetes: where pods reach this server is not known",
+                            hint="ROCK_ADVERTISE=http://HOST:PORT")  # fmt: skip
+    if not settings.kubernetes_templates:
+        raise InvalidConfig("ROCK_SCHEDULER=kubernetes: there are no pod templates",
+                            hint="set ROCK_KUBERNETES_TEMPLATES to a file; docs/guides/kubernetes.md has one")
+    if settings.kubernetes_config:
+        access = from_kubeconfig(Path(settings.kubernetes_config).expanduser())
+    else:
+        found = in_cluster(host=settings.kubernetes_host, port=settings.kubernetes_port)
+        if found is None:
+            raise InvalidConfig("ROCK_SCHEDULER=kubernetes: this process is in no pod with a service account",
+                                hint="set ROCK_KUBERNETES_CONFIG to a kubeconfig, or mount the token of the pod")
+        access = found
+    made = PodSettings(settings.kubernetes_namespace or access.namespace or "rock", settings.advertise,
+                       settings.worker_key, settings.kubernetes_instance, settings.kubernetes_unschedulable,
+                       settings.kubernetes_resync)  # fmt: skip
+    pods = PodReservations(Api(access, settings.kubernetes_qps),
+                           read_templates(Path(settings.kubernetes_templates).expanduser()), made,
+                           lambda name: workers.is_ready(name) and not workers.is_silent(name))  # fmt: skip
+    workers.on_ready.append(pods.changed)
+    return pods
+
+
+def _join_check(pods: PodReservations | None) -> Callable[[JoinWorker], None]:
+    """Sandbox pods join by the address that the cluster reports, and only at servers that follow the cluster."""
+
+    def check(spec: JoinWorker) -> None:
+        if spec.name.startswith(POD_PREFIX):
+            if pods is None:
+                raise Unavailable("this server does not follow the cluster", hint="join the writers only")
+            pods.check_join(spec.name, urlsplit(spec.url).hostname or "")
+
+    return check
 
 
 class Admin:
@@ -84,7 +135,11 @@ class Admin:
         self.opened: Callable[[], Awaitable[None]] | None = None  # called when the store is open
         self._blobs = make_blobs(settings)
         limit = _limit(settings.archive_limit)
-        self._reservations = make_reservations(settings)
+        follows = leads or settings.scheduler != "kubernetes"  # a reader needs no access to the cluster
+        self._reservations = make_reservations(settings, workers) if follows else None
+        if settings.scheduler == "kubernetes":
+            found = self._reservations
+            workers.check_join = _join_check(found if isinstance(found, PodReservations) else None)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit, self._reservations,
                                _ttl(settings.snapshot_ttl))
         self.workers = workers

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 
 from rock.admin.preflight import is_loopback
 from rock.admin.tenants import Keys
@@ -19,7 +20,7 @@ from rock.http.asgi import App, Receive, Scope, Send, deny, failure
 from rock.http.fair_queue import PLACE, FairQueue
 from rock.http.forwarding import RemoteApp, first_reached
 from rock.http.peers import PEER
-from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of
+from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of, pod_of
 from rock.protocol.routes import HANDED_ON, OTHER_KEY, Role, role_for
 from rock.telemetry.context import CURRENT
 
@@ -146,13 +147,16 @@ class Authenticated:
             return OPERATOR
         if self._worker_key and hmac.compare_digest(key, self._worker_key):
             return WORKER
+        if (pod := pod_of(key, self._worker_key)) is not None:
+            return replace(WORKER, worker=pod)
         return await self._keys.caller(key) if self._keys is not None else None
 
     def _is_key(self, name: bytes, value: bytes) -> bool:
         """Whether the value of a header is a key."""
         bare = _bare(name, value)
         own = (self._key or b"", self._worker_key)
-        return any(key and hmac.compare_digest(bare, key) for key in own) or digest_of(bare) is not None
+        return any(key and hmac.compare_digest(bare, key) for key in own) or (
+            digest_of(bare) is not None or pod_of(bare, self._worker_key) is not None)
 
     # ---- WebSockets ----
 

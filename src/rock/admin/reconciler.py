@@ -12,11 +12,13 @@ import time
 from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import dataclass, replace
 
+from rock.admin.machines import Machines
 from rock.admin.sandboxes.lifecycle import Effect, Event, life_began
 from rock.admin.sandboxes.service import Service
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import NotFound, RockError, Unavailable
+from rock.kubernetes.pods import PodReservations
 from rock.protocol.node import NodeEvent, NodeSandbox
 from rock.protocol.sandbox import Cause, State
 from rock.store.base import Query, Record
@@ -158,6 +160,9 @@ class Reconciler:
             asyncio.create_task(self.service.snapshots.run(), name="retention of snapshots"),
             asyncio.create_task(LostWorkers(self.service, workers).run(), name="losses"),
         ]
+        if isinstance(self.service.placer.reservations, PodReservations):
+            machines = Machines(self.service, self.service.placer.reservations)
+            self._tasks.append(asyncio.create_task(machines.run(), name="machines"))
         for worker in workers.values():
             if worker.name not in self._followers:
                 self._followers[worker.name] = asyncio.create_task(self._follow(worker), name=f"events-{worker.name}")
@@ -476,7 +481,7 @@ class Reconciler:
                     continue
                 for event in news.events:
                     with contextlib.suppress(NotFound):
-                        await self._ended(event)
+                        await self._ended(event, worker.name)
                     after = max(after, event.number)  # only after the end is recorded
             except Exception as error:
                 reconciler_log.warning("events of worker %s: %s", worker.name, error)
@@ -489,8 +494,10 @@ class Reconciler:
             if record.id not in found:
                 await self._find(record)
 
-    async def _ended(self, told: NodeEvent) -> None:
+    async def _ended(self, told: NodeEvent, worker: str) -> None:
         record = await self.service.records.load(told.sandbox_id)
+        if record.info.worker != worker:
+            return  # it ends its own sandboxes only
         if told.at < life_began(record.info):
             # From before a restart, or by a clock that is behind ours: only a lookup can determine it.
             if record.state is State.RUNNING:

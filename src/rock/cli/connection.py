@@ -6,6 +6,7 @@ use`), the server that runs with this ROCK_HOME, http://127.0.0.1:8080.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,29 @@ def client() -> Client:
     from rock.sync import Client
 
     return Client(OPTIONS.base_url, OPTIONS.api_key)
+
+
+def drain_rocklet() -> Callable[[], int]:
+    """Drain the rocklet of ROCK_HOME; returns a function that counts its sandboxes. NotFound."""
+    import json
+    import os
+    import signal
+
+    from rock.sync import Client
+
+    home = settings.home()
+    url = server_of(home)
+    note = json.loads((home / "server.json").read_text()) if url else {}
+    if url is None or not note.get("joins"):
+        raise NotFound(f"no rocklet that joined a server runs with ROCK_HOME={home}",
+                       hint="set ROCK_HOME to the one of the rocklet, or name a worker")
+    os.kill(int(note["pid"]), signal.SIGUSR1)
+    own = Client(url, OPTIONS.api_key)
+
+    def left() -> int:
+        return len(own.transport.json("GET", "/node/v1/sandboxes")["sandboxes"])
+
+    return left
 
 
 def new_sandbox(image: str, **fields: Any) -> Sandbox:

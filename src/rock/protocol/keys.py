@@ -7,6 +7,7 @@ is 256 random bits, so a dictionary attack is not possible, and the digest is co
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -112,12 +113,14 @@ class KeyList(Wire):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The sender of a request. tenant: None is the server's owner, who sees all tenants."""
+    """The sender of a request. tenant: None is the server's owner, who sees all tenants. worker: the only worker as
+    which its key may join; "" is any."""
 
     tenant: str | None
     scopes: frozenset[Access]
     quota: Quota | None = None
     key_id: str = ""
+    worker: str = ""
 
     @property
     def owner(self) -> str:
@@ -136,6 +139,29 @@ class Caller:
 OPERATOR = Caller(None, frozenset(Access))
 WORKER = Caller("", frozenset({Access.WORKER}))
 NOBODY = Caller("", frozenset())  # a request without a key, on an open route
+
+
+# ---- keys of sandbox pods ----
+#
+# Code in a sandbox may read the environment of the rocklet of its pod. The key there joins as the worker of this pod
+# only, and is known to no other rocklet.
+
+POD_PREFIX = "rock-sandbox-"  # of the names of pods, and of their workers
+_POD_KEY = re.compile(rb"pod\.(rock-sandbox-[a-z0-9-]{1,50})\.[0-9a-f]{64}")
+
+
+def pod_key(worker_key: str, name: str) -> str:
+    """The key of the rocklet in the pod of that name."""
+    return f"pod.{name}.{hmac.new(worker_key.encode(), f'rock pod {name}'.encode(), 'sha256').hexdigest()}"
+
+
+def pod_of(key: bytes, worker_key: bytes) -> str | None:
+    """The pod whose key this is; None for any other key."""
+    found = _POD_KEY.fullmatch(key)
+    if found is None or not worker_key:
+        return None
+    name = found[1].decode()
+    return name if hmac.compare_digest(key, pod_key(worker_key.decode(), name).encode()) else None
 
 
 def caller_of(scope: Any) -> Caller:

@@ -77,6 +77,7 @@ class Membership:
         self._lease: WorkerLease | None = None
         self._until = float("-inf")  # the end of the lease
         self._stop_at = float("inf")  # when the policy "stop" ends the running sandboxes
+        self._leaving = False
         self._again = asyncio.Event()  # a later epoch is known: send a heartbeat at once
         self._images: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -95,6 +96,13 @@ class Membership:
         self._tasks = [asyncio.create_task(self._run(), name="membership"),
                        asyncio.create_task(self._guard(), name="lease"),
                        asyncio.create_task(self._look_at_images(), name="images")]  # fmt: skip
+
+    def leave(self) -> None:
+        """Accept no further sandboxes, and report that at once: this machine will end. Those that it has continue."""
+        log.warning("draining: no new sandboxes; %d continue", len(self._node.supervisors))
+        self._leaving = True
+        self._node.limit = 0
+        self._again.set()
 
     async def close(self) -> None:
         """Stop the heartbeats. Sandboxes stay unchanged, for the next rocklet of this machine."""
@@ -260,6 +268,9 @@ class Membership:
                     raise Unavailable(f"a command for worker {told[:80]}; this one is {own}", hint="retry",
                                       details={**OUTAGE, **REFUSED})  # fmt: skip
         makes = scope["method"] == "PUT" or scope["path"].endswith("/wake")
+        if makes and self._leaving:
+            raise Unavailable(f"worker {self._joining.name} is being drained", hint="retry",
+                              details={**OUTAGE, **REFUSED})  # fmt: skip
         if makes and not self.holds:
             raise Unavailable(f"worker {self._joining.name} has no lease now", hint="retry",
                               details={**OUTAGE, **REFUSED})  # fmt: skip

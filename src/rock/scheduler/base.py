@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from rock.protocol.node import NodeStatus
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import Cause, SandboxConfig
 
 Placement = Literal["spread", "pack"]
 
@@ -34,8 +35,29 @@ class Scheduler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class MachineEnd:
+    """Why a reserved machine ended."""
+
+    cause: Cause
+    reason: str
+
+
 class Reservations(Protocol):
-    """A cluster's own scheduler, which decides where a sandbox goes while it starts, and may take its time."""
+    """A cluster's own scheduler, which decides where a sandbox goes while it starts, and may take its time.
+
+    exclusive: what is set aside for a sandbox is a worker of its own, which ends with it.
+    """
+
+    exclusive: bool
+
+    def check(self, config: SandboxConfig) -> None:
+        """Raise what no time could change: InvalidConfig, Unsupported."""
+        ...
+
+    def failures(self) -> Mapping[str, MachineEnd]:
+        """By the names of exclusive workers: those whose machine has ended for good, until they are released."""
+        ...
 
     async def reserve(self, sandbox_id: str, config: SandboxConfig, worker: str | None = None) -> str:
         """Set aside what it takes, on that worker if one is named: the name of the worker where that is. The same id

@@ -15,10 +15,12 @@ import itertools
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rock.errors import Conflict, InvalidConfig, NoCapacity, RockError, Unavailable
 from rock.protocol.sandbox import SandboxConfig
+from rock.scheduler.base import MachineEnd
 
 log = logging.getLogger("rock.ray")
 
@@ -52,6 +54,8 @@ def bundle_of(config: SandboxConfig) -> dict[str, float]:
 
 class RayReservations:
     """A placement group of Ray's for each sandbox. options: what the driver has to know, see scheduler/ray.py."""
+
+    exclusive = False
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -150,6 +154,12 @@ class RayReservations:
             raise Unavailable("the Ray cluster does not answer", hint="retry when its head is back") from None
 
     # ---- Reservations ----
+
+    def check(self, config: SandboxConfig) -> None:
+        bundle_of(config)
+
+    def failures(self) -> Mapping[str, MachineEnd]:
+        return {}
 
     async def reserve(self, sandbox_id: str, config: SandboxConfig, worker: str | None = None) -> str:
         bundle = bundle_of(config)

@@ -265,10 +265,9 @@ class SqliteStore:
             if known is not None:
                 return self._group(known.info.group, known.tenant) if known.info.group else [known]
             if quota is not None:
-                count = self._take(first, quota, len(records), whole)
-                records, rows = records[:count], rows[:count]
+                records = records[: self._take(first, quota, len(records), whole)]
             try:
-                self._open_db.executemany(_ADD, rows)
+                self._open_db.executemany(_ADD, rows[: len(records)])
             except sqlite3.IntegrityError:
                 raise id_taken(first.info.group or first.id) from None
         return records
@@ -277,10 +276,9 @@ class SqliteStore:
         return self._now(self._group, group_id, tenant)
 
     def _group(self, group_id: str, tenant: str | None) -> Sequence[Record]:
-        rows = self._open_db.execute(
-            f"{_SELECT} WHERE id > :first AND id < :last AND (:tenant IS NULL OR tenant = :tenant)",
-            {"first": f"{group_id}-", "last": f"{group_id}.", "tenant": tenant},
-        ).fetchall()
+        text = f"{_SELECT} WHERE id > :first AND id < :last AND (:tenant IS NULL OR tenant = :tenant)"
+        values = {"first": f"{group_id}-", "last": f"{group_id}.", "tenant": tenant}
+        rows = self._open_db.execute(text, values).fetchall()
         return ordered([_load(row) for row in rows], group_id)
 
     def _take(self, record: Record, quota: Quota, count: int = 1, whole: bool = True) -> int:

@@ -15,7 +15,7 @@ import orjson
 from rock import __version__
 from rock.admin.tenants import TenantServices
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import ClientError, RockError, no_such_route
+from rock.errors import ClientError, Forbidden, RockError, no_such_route
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer, answer_model, failure, fit
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.node import Beat, JoinWorker, ServerInfo
@@ -85,11 +85,22 @@ class Heartbeats:
 
     async def join_worker(self, request: Request) -> Answer:
         """A rocklet joins, or joins again."""
-        return answer_model(await self._worker_registry.join(await request.model(JoinWorker)))
+        spec = await request.model(JoinWorker)
+        _own_name(request, spec.name)
+        return answer_model(await self._worker_registry.join(spec))
 
     async def beat_worker(self, request: Request) -> Answer:
         """A heartbeat; Conflict when the epoch of the worker is over."""
-        return answer_model(await self._worker_registry.beat(request.path["worker"], await request.model(Beat)))
+        name = request.path["worker"]
+        _own_name(request, name)
+        return answer_model(await self._worker_registry.beat(name, await request.model(Beat)))
+
+
+def _own_name(request: Request, name: str) -> None:
+    """Forbidden for the key of a sandbox pod that joins as another worker."""
+    own = caller_of(request.scope).worker
+    if own and own != name:
+        raise Forbidden(f"this key joins as worker {own} only", hint="set ROCK_WORKER_NAME of the rocklet to that name")
 
 
 # ---- lazy loading ----

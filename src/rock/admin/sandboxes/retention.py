@@ -293,6 +293,8 @@ class Cleanup:
         The state change that ended it determined whether they are retained.
         """
         worker, lost = await self._workers.current(record.info.worker), False
+        if self._reservations is not None and record.info.worker in self._reservations.failures():
+            worker = None  # its machine has ended
         try:
             if worker is not None and not record.info.kept:
                 await worker.destroy(record.id)

@@ -107,20 +107,20 @@ class Placer:
         return worker
 
     async def _came(self, name: str) -> Worker:
-        """The worker, as soon as it has joined: a node that the cluster starts for this takes a while."""
+        """The worker, as soon as it accepts commands: a node that the cluster starts for this takes a while."""
         changed = asyncio.Event()
 
         def tell(_: str) -> None:
             changed.set()
 
-        self._workers.on_change.append(tell)
+        self._workers.on_ready.append(tell)
         try:
-            while (worker := self._workers.get(name)) is None:
+            while not self._workers.is_ready(name):
                 await changed.wait()
                 changed.clear()
-            return worker
+            return self._workers[name]
         finally:
-            self._workers.on_change.remove(tell)
+            self._workers.on_ready.remove(tell)
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise the errors that a create would raise at once on some worker, when the worker is not chosen yet."""
@@ -128,8 +128,12 @@ class Placer:
             raise Unsupported("snapshot: a Ray cluster chooses the worker of a sandbox, and a snapshot is on one",
                               hint="use the scheduler of ROCK, or leave snapshot unset")  # fmt: skip
         if config.volumes:
-            raise Unsupported("volumes: a Ray cluster decides on which worker a sandbox runs, and volumes stay on one",
+            raise Unsupported("volumes: the cluster decides on which worker a sandbox runs, and volumes stay on one",
                               hint="use the scheduler of ROCK, or leave volumes unset")  # fmt: skip
+        if self.reservations is not None:
+            self.reservations.check(config)
+            if self.reservations.exclusive:
+                return  # each worker has a sandbox already
         for worker in self._workers.values():
             with contextlib.suppress(Unavailable):
                 await worker.check(config)

@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rock.admin.workers.client import Worker
-from rock.errors import NotFound, RockError, Unavailable
+from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.http.asgi import App
 from rock.protocol.node import Beat, JoinWorker, Lease, NodeStatus, WorkerInfo, WorkerLease, WorkerState
 from rock.protocol.routes import OUTAGE
@@ -52,7 +53,8 @@ class WorkerRegistry(Mapping[str, Worker]):
     """Workers by name. fixed: those of the start. apps: the data plane of each; updated. reach: connects to workers
     that join; without it none may join.
 
-    on_change: called with a name when a worker joined, joined again under another epoch, or left.
+    on_change: called with a name when a worker joined, joined again under another epoch, or left. on_ready: called
+    with a name when a worker that joined knows its epoch: before that it refuses commands.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.apps = apps
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
+        self.on_ready: list[Callable[[str], None]] = []
+        self.check_join: Callable[[JoinWorker], None] | None = None  # raises for a worker that must not join
         self.version = 0  # grows when a worker joins, leaves, or is drained
+        self._in_join: Counter[str] = Counter()  # requests to join that are being saved, by worker
         self._joining: dict[str, int] = {}  # epochs that were assigned here, and without a heartbeat yet
         self._registry = registry
         self._reach = reach
@@ -128,17 +133,40 @@ class WorkerRegistry(Mapping[str, Worker]):
                     member.changed_at += unheard
             self._looked_at = now
             self._lost = {name: info for name, info in found.items() if info.is_lost}
-            changed = []
+            changed, ready = [], []
             for name in [name for name in self._members if name not in found or found[name].is_lost]:
                 log.warning("worker %s is gone", name)
                 await self._forget(name)
                 changed.append(name)
             for name, info in found.items():
-                if not info.is_lost and await self._seen(name, info, now):
+                if info.is_lost:
+                    continue
+                before = self.is_ready(name)
+                if await self._seen(name, info, now):
                     changed.append(name)
+                if self.is_ready(name) and (not before or name in changed):
+                    ready.append(name)
+        self._notify(changed, ready)
+
+    async def _learn(self, info: WorkerInfo) -> None:
+        """One row of the registry, without the others: a thousand workers that join read each row once."""
+        async with self._looking:
+            name = info.name
+            member, before = self._members.get(name), self.is_ready(name)
+            if member is not None and (member.info.epoch, member.info.beat) > (info.epoch, info.beat):
+                return  # a later one was read meanwhile
+            changed = await self._seen(name, info, time.monotonic())
+            ready = self.is_ready(name) and (not before or changed)
+            self._lost.pop(name, None)
+        self._notify([name] if changed else [], [name] if ready else [])
+
+    def _notify(self, changed: Sequence[str], ready: Sequence[str]) -> None:
         self.version += bool(changed)
         for name in changed:
             for listener in self.on_change:
+                listener(name)
+        for name in ready:
+            for listener in self.on_ready:
                 listener(name)
 
     async def _seen(self, name: str, info: WorkerInfo, now: float) -> bool:
@@ -147,7 +175,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         member = self._members.get(name)
         if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
             self.version += member.info.state is not info.state
-            member.joined |= self._joining.get(name) != info.epoch
+            member.joined |= self._knows(name, info.epoch)
             if member.info.beat != info.beat:
                 member.changed_at, member.status = now, info.status
             member.info = info
@@ -156,9 +184,13 @@ class WorkerRegistry(Mapping[str, Worker]):
             await self._forget(name)
         log.info("worker %s at %s, epoch %d", name, info.url, info.epoch)
         made = self._reach(info)
-        self._members[name] = _Member(info, now, made, info.status, self._joining.get(name) != info.epoch)
+        self._members[name] = _Member(info, now, made, info.status, self._knows(name, info.epoch))
         self.apps[name] = made.app
         return True
+
+    def _knows(self, name: str, epoch: int) -> bool:
+        """Whether a worker knows the epoch of its row: not while a request to join is saved, which may have set it."""
+        return self._joining.get(name) != epoch and name not in self._in_join
 
     async def _forget(self, name: str) -> None:
         member = self._members.pop(name)
@@ -184,6 +216,11 @@ class WorkerRegistry(Mapping[str, Worker]):
         return self.get(name or "")
 
     # ---- state of workers ----
+
+    def is_ready(self, name: str) -> bool:
+        """Whether a worker is there and knows its epoch."""
+        member = self._members.get(name)
+        return name in self.fixed if member is None else member.joined
 
     def is_failing(self, name: str) -> bool:
         """Whether a worker that joined accepted no connection a moment ago."""
@@ -268,10 +305,18 @@ class WorkerRegistry(Mapping[str, Worker]):
         """A worker joins. Conflict, Unavailable."""
         if spec.name in self.fixed:
             raise NotFound(f"{spec.name} is a worker of ROCK_WORKERS", hint="choose another --name")
-        info = await self._table().join(spec)
+        if self.check_join is not None:
+            self.check_join(spec)
+        self._in_join[spec.name] += 1
+        try:
+            info = await self._table().join(spec)
+        finally:
+            self._in_join[spec.name] -= 1
+            if not self._in_join[spec.name]:
+                del self._in_join[spec.name]
         if info.epoch != spec.epoch:
             self._joining[info.name] = info.epoch  # the worker does not know its epoch before it has the response
-        await self.refresh()
+        await self._learn(info)
         return self._leased(info)
 
     async def beat(self, name: str, beat: Beat) -> WorkerLease:
@@ -279,7 +324,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         info = await self._table().beat(name, beat)
         if self._joining.get(name) == info.epoch:
             del self._joining[name]
-            await self.refresh()  # from here on it may get sandboxes
+            await self._learn(info)  # from here on it may get sandboxes
         return self._leased(info)
 
     async def drain(self, name: str, draining: bool) -> WorkerInfo:
@@ -296,6 +341,16 @@ class WorkerRegistry(Mapping[str, Worker]):
         """Remove a lost worker. Conflict, NotFound."""
         await self._table().remove(name)
         await self.refresh()
+
+    async def dismiss(self, name: str) -> None:
+        """Remove a worker whose machine is gone for good. The next refresh shows it."""
+        member = self._members.get(name)
+        info = member.info if member is not None else self._lost.get(name)
+        if info is None:
+            return
+        await self._table().lose(name, info.epoch)
+        with contextlib.suppress(Conflict, NotFound):
+            await self._table().remove(name)
 
     async def info(self, name: str) -> WorkerInfo:
         """A worker that joined. NotFound."""

@@ -8,6 +8,7 @@ import click
 
 from rock.cli.output import as_json, busy, table
 from rock.cli.parsing import Group, json_option
+from rock.settings import Settings
 
 if TYPE_CHECKING:
     from rock.runtime.base import Runtime
@@ -17,9 +18,10 @@ _PATIENCE = 30.0  # timeout in seconds for a runtime to open
 
 
 @click.group(cls=Group, invoke_without_command=True, no_args_is_help=False)
+@click.option("--kubernetes", is_flag=True, help="Report the level of this pod, and the YAML for a higher one.")
 @json_option
 @click.pass_context
-def doctor(context: click.Context, json_: bool) -> int:
+def doctor(context: click.Context, json_: bool, kubernetes: bool) -> int:
     """Check this machine, or the files of its server.
 
     Without a command it checks isolation, limits and images. The exit code is 1 when something essential is missing.
@@ -27,7 +29,7 @@ def doctor(context: click.Context, json_: bool) -> int:
     if context.invoked_subcommand is not None:
         return 0
     with busy("checking this machine"):
-        findings = _findings()
+        findings = _pod() if kubernetes else _findings()
     if json_:
         as_json([{"name": f.name, "ok": f.ok, "detail": f.detail, "hint": f.hint} for f in findings])
     else:
@@ -46,7 +48,6 @@ def store(repair: bool, images: bool, json_: bool) -> int:
     The exit code is 1 when something is damaged and was not repaired.
     """
     from rock.cli.serve.storecheck import Check, as_data
-    from rock.settings import Settings
 
     with busy("checking the files of the server"):
         found = Check(Settings.read(), repair, images).run()
@@ -58,6 +59,12 @@ def store(repair: bool, images: bool, json_: bool) -> int:
                  one.repaired or one.hint] for one in found]  # fmt: skip
         table(["", "", "", "", ""], rows)
     return int(bool(wrong))
+
+
+def _pod() -> list[Finding]:
+    from rock.runtime.namespace import pod
+
+    return pod.report(Settings.read().run_dir)
 
 
 def _text(finding: Finding) -> str:
@@ -93,7 +100,6 @@ def _engine() -> list[Finding]:
     import asyncio
 
     from rock.runtime.docker.spec import findings
-    from rock.settings import Settings
 
     return asyncio.run(findings(Settings.read().docker_host))
 

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from rock.cli.connection import client
+from rock.cli.connection import client, drain_rocklet
 from rock.cli.output import as_json, busy, table
 from rock.cli.parsing import Group, json_option
 from rock.errors import Unavailable
@@ -46,16 +46,22 @@ def list_workers(json_: bool) -> None:
 
 
 @worker.command(example="rock worker drain gpu-3 --wait 600")
-@_name
+@click.argument("name", required=False)
+@click.option("--self", "own", is_flag=True, help="Drain the rocklet of this machine (preStop of a pod).")
 @click.option("--wait", type=float, default=0.0, metavar="SECONDS",
               help="Wait up to this time until the worker has no sandboxes.")  # fmt: skip
 @json_option
-def drain(name: str, wait: float, json_: bool) -> None:
+def drain(name: str | None, own: bool, wait: float, json_: bool) -> None:
     """Place no further sandboxes on a worker.
 
     The sandboxes that it has continue.
     """
+    if own == (name is not None):
+        raise click.UsageError("give the name of a worker, or --self on its own machine")
     end = time.monotonic() + wait
+    if name is None:
+        _drain_own(end, json_)
+        return
     with client() as server:
         info = server.drain_worker(name)
         with busy(f"waiting until {name} has no sandboxes"):
@@ -67,6 +73,22 @@ def drain(name: str, wait: float, json_: bool) -> None:
                                       hint="wait, or stop them")
                 time.sleep(0.5)
     _show(info, json_, f"{name} gets no more sandboxes")
+
+
+def _drain_own(end: float, json_: bool) -> None:
+    """Drain the rocklet of this machine until a time. It needs no rights at the server: a signal, and the rocklet's own
+    list with its own key."""
+    left = drain_rocklet()
+    waits = end > time.monotonic()
+    with busy("waiting until this worker has no sandboxes"):
+        while (count := left()) and time.monotonic() < end:
+            time.sleep(0.5)
+    if count and waits:
+        raise Unavailable(f"this worker still has {count} sandboxes", hint="wait longer, or stop them")
+    if json_:
+        as_json({"sandboxes": count})
+    else:
+        print(f"this worker gets no more sandboxes; it has {count}")
 
 
 def _show(info: WorkerInfo, json_: bool, text: str) -> None:

@@ -31,6 +31,7 @@ from rock.http.forwarding import RemoteApp
 from rock.http.relay import RelayedCalls
 from rock.protocol import routes
 from rock.protocol.action import ConnectionList
+from rock.protocol.keys import POD_PREFIX, pod_key
 from rock.protocol.node import (
     ImageState,
     Lease,
@@ -136,8 +137,8 @@ def commands_over(remote: RemoteApp, name: str, gone: asyncio.Event, unreached: 
     return carry
 
 
-def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
-    """The connection factory for workers that join."""
+def reach_with(key: str | None, pods: bool = False) -> Callable[[WorkerInfo], Reached]:
+    """The connection factory for workers that join. pods: the rocklets of sandbox pods have keys of their own."""
     crowd = CreateBatch()
 
     def reach(info: WorkerInfo) -> Reached:
@@ -149,7 +150,8 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
             failed_at = time.monotonic()
 
         command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
-        own = {} if key is None else {routes.OTHER_KEY: key}
+        of_pod = pods and key is not None and info.name.startswith(POD_PREFIX)
+        own = {} if key is None else {routes.OTHER_KEY: pod_key(key, info.name) if of_pod else key}
         data, long = RemoteApp(info.url, own), RemoteApp(info.url, {**own, **command})
         carry = commands_over(long, info.name, gone, unreached)
 
@@ -226,7 +228,9 @@ class Control:
         self._remotes = [RemoteApp(url, headers) for url in urls.values()]
         apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
         fixed: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
-        self.worker_registry = WorkerRegistry(fixed, apps, lambda: store.workers, reach_with(key), lease_of(settings))
+        self.worker_registry = WorkerRegistry(fixed, apps, lambda: store.workers,
+                                              reach_with(key, settings.scheduler == "kubernetes"),
+                                              lease_of(settings))  # fmt: skip
         self._proxy = Proxy(store, self.worker_registry.apps)
         settings = replace(settings, archive=settings.archive or "off")
         roles = ["write", "read"] if role == "all" else [role]

@@ -79,8 +79,9 @@ class Home:
         self._lock = lock
         self.reserve.prepare()
 
-    def write(self, host: str, port: int, tls_cert: str = "") -> None:
-        note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert}
+    def write(self, host: str, port: int, tls_cert: str = "", joins: bool = False) -> None:
+        """joins: it is a rocklet that joins a server, which SIGUSR1 drains."""
+        note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert, "joins": joins}
         try:
             atomic_file.replace(self.folder / OWNER_KEY, self.owner_key + "\n")
             atomic_file.replace(self.note, json.dumps(note))

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from rock import __version__
 from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.http.middleware import Exporter, Observability
+from rock.protocol.node import WorkerInfo, WorkerState
 from rock.rocklet.node import Node
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.telemetry.metrics import OTHER, Family, Labels, Number, gauge_of
 
 log = logging.getLogger("rock.server")
+_HOLDING = ("pending", "running", "stopping")  # states in which a sandbox has a slot, or waits for one
 _MOST_TENANTS = 100  # in the labels of gauges: the tenants with the most sandboxes
 
 
@@ -53,7 +55,9 @@ def observe(settings: Settings, role: str, store: Store | None = None, node: Nod
         told: list[Family[Number]] = []
         if store is not None:
             try:
-                told.append(_by_state(await store.tally()))
+                tally = await store.tally()
+                told.append(_by_state(tally))
+                told += _slots(tally, await store.workers.list())
             except RockError as error:
                 log.warning("sandboxes could not be counted: %s", error)
         if node is not None:
@@ -65,6 +69,16 @@ def observe(settings: Settings, role: str, store: Store | None = None, node: Nod
         return told
 
     return Observability(extra, make_export(settings, role), settings.otel_interval)
+
+
+def _slots(tally: dict[tuple[str, str], int], workers: Iterable[WorkerInfo]) -> list[Family[Number]]:
+    """The signals of an autoscaler: demand and supply of sandboxes, on workers that joined."""
+    wanted = sum(count for (_, state), count in tally.items() if state in _HOLDING)
+    slots = sum(one.status.sandbox_limit for one in workers if one.state is WorkerState.READY and one.status)
+    return [
+        gauge_of("rock_slots_wanted", "Sandboxes that run, start or wait for a worker", (), {(): float(wanted)}),
+        gauge_of("rock_slots", "Sandboxes that the ready workers can have", (), {(): float(slots)}),
+    ]
 
 
 def _by_state(tally: dict[tuple[str, str], int]) -> Family[Number]:

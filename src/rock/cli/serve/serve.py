@@ -67,7 +67,8 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     from rock.runtime.process.runtime import ProcessRuntime, can_hold_init
 
     process = ProcessRuntime if can_hold_init() else PlainRuntime
-    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
+    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process", settings.container_image),
+                                    "fake": FakeRuntime()}
     if sys.platform == "linux" and can_hold_init():
         from rock.runtime.docker.runtime import DockerRuntime
         from rock.runtime.gvisor.runtime import GvisorRuntime
@@ -357,7 +358,7 @@ def http_over(
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """The application of a process with these settings."""
-    alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler != "ray"
+    alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler not in ("ray", "kubernetes")
     if role is Server and not alone:
         return Control(settings, make_store(settings))
     return role(settings)
@@ -383,9 +384,12 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
             finally:
                 server.let_go()
 
+        membership = server.membership if isinstance(server, Rocklet) else None
+        if membership is not None:  # rock worker drain --self
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, membership.leave)
         with stop_on_signals(http, drain):
             scheme = "https" if settings.tls_cert else "http"
-            server.home.write(settings.host, port, settings.tls_cert)
+            server.home.write(settings.host, port, settings.tls_cert, membership is not None)
             reserve = asyncio.create_task(server.home.reserve.keep(), name="reserve")
             gc.freeze()  # excludes existing objects from garbage collections, which stop all requests
             gc.enable()

@@ -213,8 +213,10 @@ def _entry(header: bytes, size: int, name: bytes, target: bytes) -> Entry:
         name = _text(header[0:100])
         if header[257:263] == b"ustar\0" and header[345]:
             name = _text(header[345:500]) + b"/" + name
-    if kind is Kind.FILE and name.endswith(b"/"):
-        kind = Kind.FOLDER  # an old representation of folders, before they had a type
+    # An old representation of folders, before they had a type. A long name that a pax header replaces may be cut off
+    # after a slash, so the name of a file with a type says nothing.
+    if code == b"\0" and name.endswith(b"/"):
+        kind = Kind.FOLDER
     return Entry(
         path=name, kind=kind, mode=_number(header[100:108]) & 0o7777, uid=_number(header[108:116]),
         gid=_number(header[116:124]), mtime=_number(header[136:148]) * 10**9,

@@ -34,7 +34,7 @@ from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink, bind_listener
 from rock.runtime.landlock import parent, ruleset
 from rock.runtime.namespace import admission
-from rock.runtime.namespace.launcher import seccomp
+from rock.runtime.namespace.launcher import seccomp, userns
 from rock.runtime.namespace.limits import limiter
 from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.process.runtime import PATH, ProcessRuntime, children, read_record, write_record
@@ -216,14 +216,17 @@ class LandlockRuntime(ProcessRuntime):
 
     def _free_uid(self, slot: str) -> int:
         digest = hashlib.sha256(os.path.realpath(self._run_dir).encode()).digest()
-        first = _FIRST_UID + int.from_bytes(digest[:4], "big") % _MOST * _SPAN
+        first, span = _FIRST_UID + int.from_bytes(digest[:4], "big") % _MOST * _SPAN, _SPAN
+        if userns.IDS.end < first + span:  # a container in a user namespace: a quarter of its ids, from their end
+            span = min(_SPAN, userns.IDS.size * userns.IDS.most // 4)
+            first = userns.IDS.end - span
         used = set(self._uids.values())
-        for _ in range(_SPAN):  # a different one each time: zombies still count for the last sandbox's user id
-            self._last_uid = (self._last_uid + 1) % _SPAN
+        for _ in range(span):  # a different one each time: zombies still count for the last sandbox's user id
+            self._last_uid = (self._last_uid + 1) % span
             if first + self._last_uid not in used:
                 self._uids[slot] = first + self._last_uid
                 return self._uids[slot]
-        raise errors.NoCapacity(f"the landlock runtime has {_SPAN} sandboxes already", hint="stop some sandboxes")
+        raise errors.NoCapacity(f"the landlock runtime has {span} sandboxes already", hint="stop some sandboxes")
 
     # ---- operations ----
 

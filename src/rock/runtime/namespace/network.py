@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 
-from rock.runtime.namespace.launcher import kernel
+from rock.runtime.namespace.launcher import kernel, userns
 from rock.runtime.namespace.limits import cgroups
 
 _MOST = 16
@@ -72,7 +72,7 @@ class IsolatedNetworkPool:
     """
 
     def __init__(self, privileged: bool) -> None:
-        self._ping_group = "0 2147483647" if privileged else "0 0"
+        self._ping_group = userns.IDS.ping_groups if privileged else "0 0"
         self._sock: socket.socket | None = None
 
     def take(self) -> list[int]:

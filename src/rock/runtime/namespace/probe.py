@@ -24,7 +24,7 @@ from rock.runtime.namespace.launcher import kernel, userns
 what, folder = sys.argv[2], sys.argv[3]
 root = os.geteuid() == 0
 try:
-    if what == "userns" or not root:
+    if what in ("userns", "nested proc") or not root:
         uid, gid = os.geteuid(), os.getegid()
         kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
         userns.become_root(uid, gid)
@@ -37,13 +37,14 @@ try:
         os.chdir(folder)
         low = "low"
         if what == "idmap":
-            fd = userns.make("0 300000 65536\\n", "0 300000 65536\\n")
+            base = userns.IDS.first
+            fd = userns.make(userns.IDS.lines(base), userns.IDS.lines(base))
             for source, target in (("low", "l"), ("rw", "rw")):
                 tree = kernel.open_tree(source)
                 kernel.set_attributes(tree, 0, userns=fd)
                 kernel.move_mount(tree, target)
             low = "l"
-            kernel.set_file_owner(300000)
+            kernel.set_file_owner(base)
             kernel.capset((1 << 41) - 1 & int(open("/proc/self/status").read().split("CapPrm:")[1].split()[0], 16))
         kernel.mount("overlay", "m", "overlay", 0, "lowerdir=%s,upperdir=rw/up,workdir=rw/work%s" % (
             low, "" if root else ",userxattr"))
@@ -52,7 +53,7 @@ try:
         from rock.runtime.namespace.launcher import isolated_network
         kernel.unshare(kernel.CLONE_NEWNET)
         isolated_network.furnish("0 0")
-    if what in ("proc", "net"):
+    if what in ("proc", "net", "nested proc"):
         pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if what == "net" else 0))
         if pid == 0:
             try:
@@ -114,6 +115,12 @@ def host_report(run_dir: Path | None = None) -> list[Finding]:
 def _release() -> tuple[int, int]:
     parts = platform.release().split("-")[0].split(".")
     return int(parts[0]), int(parts[1])
+
+
+def masked_proc(base: Path) -> Finding:
+    """Whether a sandbox in a user namespace of its own gets a /proc, as root of a container too: the kernel refuses
+    that when anything is mounted over the container's."""
+    return _tried("nested proc", "a /proc of its own", "securityContext: {procMount: Unmasked}", base)
 
 
 def _tried(what: str, name: str, hint: str, base: Path) -> Finding:

@@ -14,6 +14,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from rock.errors import NoCapacity
 from rock.host import atomic_file
 from rock.runtime.namespace.launcher import userns
 
@@ -52,7 +53,9 @@ class UidRanges:
 
     def __init__(self, run_dir: Path) -> None:
         digest = hashlib.sha256(str(run_dir).encode()).digest()
-        self._first = int.from_bytes(digest[:4], "big") % (userns.MOST - _SPAN)
+        spread = userns.IDS.most - _SPAN  # servers of one machine use different ranges, where there are many
+        self._first = int.from_bytes(digest[:4], "big") % spread if spread > 0 else 0
+        self.limited = False  # a range is only a number until the isolation level is known
         self._next = 0
         self._free: list[int] = []
         self._used: dict[int, str] = {}
@@ -63,6 +66,9 @@ class UidRanges:
         else:
             while (base := self._base(self._next)) in self._used:
                 self._next += 1
+            if self.limited and self._first + self._next >= userns.IDS.most:
+                raise NoCapacity(f"all {userns.IDS.most} ranges of user ids of this container are in use",
+                                 hint="stop some sandboxes, or give pods more ids (userNamespaces.idsPerPod)")
             self._next += 1
         self._used[base] = slot
         return base
@@ -85,4 +91,4 @@ class UidRanges:
             self._free.append(base)
 
     def _base(self, number: int) -> int:
-        return userns.FIRST + userns.RANGE * (self._first + number)
+        return userns.IDS.first + userns.IDS.size * (self._first + number)

@@ -26,6 +26,7 @@ from rock.runtime.namespace import admission, retained
 from rock.runtime.namespace.admission import Kind
 from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.factory import Factory, Pool, RetainedFiles
+from rock.runtime.namespace.launcher import userns
 from rock.runtime.namespace.launcher.link import LaunchLink
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
@@ -106,6 +107,7 @@ class NamespaceRuntime(InitSandboxes):
             launcher = LaunchLink(options, self._run_dir / "launcher.log", self._factory.spares.append)
             self._slots.launcher = launcher
             self.isolation = self._handles.isolation = isolation
+            self._slots.ranges.limited = privileged
             try:
                 await launcher.start()
                 await self._try_one()
@@ -116,6 +118,11 @@ class NamespaceRuntime(InitSandboxes):
         raise errors.Unsupported("this host cannot run the namespace runtime: " + "; ".join(reasons),
                                  hint="`rock doctor` tells what is missing. ROCK_RUNTIME=landlock is weaker, and needs "
                                       "none; the process runtime isolates nothing: both must be asked for by name")
+
+    @property
+    def most_sandboxes(self) -> int | None:
+        """How many can exist at once, by the user ids of this container; None is no such limit."""
+        return userns.IDS.most if self._slots.ranges.limited else None
 
     async def _try_disk(self, way: str) -> None:
         await self._try_one("16m", way)

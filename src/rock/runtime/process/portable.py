@@ -36,8 +36,9 @@ class PlainRuntime:
     name = "process"
     traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS})}
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, container_image: str = "") -> None:
         self._run_dir = Path(run_dir)
+        self._container_image = container_image
         self._sandboxes: dict[str, PlainSandbox] = {}
 
     async def open(self) -> None:
@@ -49,7 +50,7 @@ class PlainRuntime:
             await self._remove(slot)
 
     async def check(self, config: SandboxConfig) -> None:
-        refuse_unsupported(config)
+        refuse_unsupported(config, self._container_image)
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)

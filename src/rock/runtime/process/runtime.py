@@ -44,9 +44,10 @@ def can_hold_init() -> bool:
     return all(hasattr(module, name) for module, name in wanted) and os.path.exists("/proc/self")
 
 
-def refuse_unsupported(config: SandboxConfig) -> None:
-    """Raise Unsupported for options that plain processes cannot enforce."""
-    if config.image != "host":
+def refuse_unsupported(config: SandboxConfig, container_image: str = "") -> None:
+    """Raise Unsupported for options that plain processes cannot enforce. container_image: of the container in which the
+    rocklet runs, which enforces limits and network by itself (docs/guides/kubernetes.md)."""
+    if config.image not in ("host", container_image or "host"):
         raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
     if config.isolation not in (None, Isolation.NONE):
         raise errors.Unsupported(f"isolation {config.isolation}: the process runtime isolates nothing",
@@ -54,9 +55,11 @@ def refuse_unsupported(config: SandboxConfig) -> None:
     if config.minimum_isolation != Isolation.NONE:
         raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the process runtime isolates nothing",
                                  hint="use the namespace runtime")
-    if config.network != "host" and "network" in config.model_fields_set:
+    own = ("host", "nat") if container_image else ("host",)
+    if config.network not in own and "network" in config.model_fields_set:
         raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
-    for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
+    of_container = () if container_image else ("num_gpus", "accelerator_type", "limit_cpus")
+    for name in ("disk", "nofile", "shm_size", *of_container):
         if getattr(config, name) is not None:
             raise errors.Unsupported(f"the process runtime cannot enforce {name}",
                                      hint=f"leave {name} unset, or use the namespace runtime")
@@ -75,8 +78,9 @@ class ProcessRuntime(InitSandboxes):
         Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES, Trait.TREES}),
     }
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, container_image: str = "") -> None:
         self._run_dir = Path(run_dir)
+        self._container_image = container_image
         self._links: dict[str, InitLink] = {}
 
     async def open(self) -> None:
@@ -88,7 +92,7 @@ class ProcessRuntime(InitSandboxes):
         self._links.clear()
 
     async def check(self, config: SandboxConfig) -> None:
-        refuse_unsupported(config)
+        refuse_unsupported(config, self._container_image)
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from rock.guest.init import pid1
 from rock.guest.init.sharing import PageSharing
-from rock.runtime.namespace.launcher import kernel
+from rock.runtime.namespace.launcher import kernel, userns
 from rock.runtime.namespace.launcher.mounts import HOST_NAME
 from rock.runtime.namespace.launcher.zygote import OPTIONAL, Area, Row
 from rock.runtime.namespace.limits import cgroups
@@ -128,12 +128,13 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
 
 def _network(area: Area, constants: Constants, privileged: bool) -> list[tuple[int, ...]]:
     """Enable loopback, all ports and pings for every user: uid 0 inside has no rights over the network namespace."""
+    groups = userns.IDS.ping_groups.encode() if privileged else b"0 0"
     return [
         *_FREE_LOWEST,
         (kernel.NUMBERS["socket"], int(socket.AF_INET), int(socket.SOCK_DGRAM), 0),
         (kernel.NUMBERS["ioctl"], 0, kernel.SIOCSIFFLAGS, ctypes.addressof(constants.loopback)),
         *_setting(area, b"/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
-        *_setting(area, b"/proc/sys/net/ipv4/ping_group_range", b"0 2147483647" if privileged else b"0 0"),
+        *_setting(area, b"/proc/sys/net/ipv4/ping_group_range", groups),
     ]
 
 

@@ -23,7 +23,7 @@ from collections.abc import Collection
 from typing import Any
 
 from rock.host import folders
-from rock.runtime.namespace.launcher import kernel
+from rock.runtime.namespace.launcher import kernel, userns
 
 # ---- run folder ----
 
@@ -67,7 +67,6 @@ _MASKED_FILES = ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_d
 _MASKED_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/selinux")
 _EMPTY = "/dev/mqueue"  # a folder of the read-only /dev; a separate tmpfs would cost 50 us
 _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
-_STRANGER = 199_999  # an id outside of every range (userns.py), which owns no files
 _SYS_ADMIN = 21
 _TARGETS = {errno.EXDEV: "it is in a folder that the sandbox already mounts: choose another one, like /data",
             errno.ENOTDIR: "a part of it is not a folder", errno.ELOOP: "a part of it is a link in a loop",
@@ -437,7 +436,7 @@ def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
     kernel.set_file_owner.
     """
     permitted = kernel.permitted()
-    kernel.set_file_owner(_STRANGER)
+    kernel.set_file_owner(userns.IDS.stranger)
     kernel.capset(permitted, 1 << _SYS_ADMIN)
     try:
         options = f"lowerdir={_escaped(source)}:{_escaped(nothing)}"

@@ -1,6 +1,7 @@
 """User namespaces: uid 0 inside is an ordinary, otherwise unused uid outside. Standard library only.
 
-As root, each sandbox gets its own range of 65536 ids. The first id is also the creator of its namespace, so the
+As root, each sandbox gets its own range of ids: 65536, or of a container in a user namespace (a pod with hostUsers:
+false) 1024 of those that it has. The first id is also the creator of its namespace, so the
 kernel's per-user counters count this sandbox only (runtime/namespace/limits/counters.py). The namespace of a range is
 created once, by a child that exits when the mapping is written, and is held as a descriptor.
 """
@@ -9,13 +10,76 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 
 from rock.runtime.namespace.launcher import kernel
 from rock.runtime.namespace.limits import counters
 
-FIRST = 200_000
-RANGE = 65_536
-MOST = ((1 << 32) - 2 - FIRST) // RANGE
+_FIRST = 200_000
+_RANGE = 65_536
+_SMALL = 1024  # ids of one range where there are few
+_HIGHEST = 65_534
+_ALL = (1 << 32) - 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ids of this process's own user namespace, divided. first: of the first range. size: ids of a range. most:
+    number of ranges. stranger: an id outside of every range, which owns no files. last: the highest id."""
+
+    first: int
+    size: int
+    most: int
+    stranger: int
+    last: int
+
+    @property
+    def ping_groups(self) -> str:
+        """All groups, as net.ipv4.ping_group_range."""
+        return f"0 {min(self.last, (1 << 31) - 1)}"
+
+    @property
+    def end(self) -> int:
+        """The first id after the last range."""
+        return self.first + self.size * self.most
+
+    def lines(self, base: int) -> str:
+        """The map of the range that begins at `base`. The last id of a small one is that of user 65534."""
+        if self.size > _HIGHEST:
+            return f"0 {base} {self.size}\n"
+        return f"0 {base} {self.size - 1}\n{_HIGHEST} {base + self.size - 1} 1\n"
+
+
+def divided(count: int) -> Layout:
+    """The layout of ids 0 to `count` - 1."""
+    if count >= _FIRST + 1000 * _RANGE:
+        return Layout(_FIRST, _RANGE, (count - _FIRST) // _RANGE, _FIRST - 1, count - 1)
+    return Layout(_SMALL, _SMALL, max(0, count // _SMALL - 1), _SMALL - 1, max(0, count - 1))
+
+
+def available(text: str) -> int:
+    """How many ids from 0 on a map has, as /proc/self/uid_map shows it."""
+    rows = sorted(tuple(int(word) for word in line.split()) for line in text.splitlines())
+    count = 0
+    for inside, _, length in rows:
+        if inside != count:
+            break
+        count += length
+    return min(count, _ALL)
+
+
+def _layout() -> Layout:
+    counts = []
+    for name in ("uid_map", "gid_map"):
+        try:
+            with open(f"/proc/self/{name}") as file:
+                counts.append(available(file.read()))
+        except (OSError, ValueError):
+            counts.append(_ALL)
+    return divided(min(counts))
+
+
+IDS = _layout()
 
 
 class Ranges:
@@ -30,12 +94,12 @@ class Ranges:
         self._fds: dict[int, int] = {}
 
     def get(self, base: int) -> int:
-        """The namespace that maps 0..65535 inside to base..base+65535 outside."""
+        """The namespace of the range that begins at `base`."""
         fd = self._fds.get(base)
         if fd is None:
             while len(self._fds) >= self._keep:
                 os.close(self._fds.pop(next(iter(self._fds))))
-            text = "0 0 1\n" if self._single else f"0 {base} {RANGE}\n"
+            text = "0 0 1\n" if self._single else IDS.lines(base)
             fd = self._fds[base] = make(text, text, None if self._single else base, self._settings)
         return fd
 

@@ -1,10 +1,4 @@
-"""Test support for programs that use ROCK: a complete server in this process, with sandboxes in memory.
-
-    with FakeServer({"train": my_function}) as server:
-        sandbox = Sandbox(base_url=server.url)
-
-docs/guides/testing.md describes its sandboxes. It provides no isolation.
-"""
+"""A server with the fake runtime, in a thread of this process."""
 
 from __future__ import annotations
 

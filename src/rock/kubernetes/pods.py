@@ -1,0 +1,270 @@
+"""One pod for each sandbox: the reservations of ROCK_SCHEDULER=kubernetes.
+
+    reserve ──► POST pod (409: it is ours) ──► watch: fails? its rocklet joined? ──► the name of its worker
+    release ──► DELETE with the uid as precondition
+    failures    pods of running sandboxes that ended, by the watch, each confirmed by a GET
+
+The API server is only how machines are made. While it does not respond, running sandboxes continue, and creates and
+stops wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rock.errors import Conflict, InvalidConfig, NoCapacity, NotFound, RockError, Unavailable, Unsupported
+from rock.kubernetes.client import Api, Object, path_of
+from rock.kubernetes.failures import Failure, deleted, failure_of, node_is_silent
+from rock.kubernetes.informer import Informer, name_of, uid_of
+from rock.kubernetes.templates import ID_LABEL, OWNER_LABEL, Joining, Template, manifest, pod_name, template_for
+from rock.protocol.keys import pod_key
+from rock.protocol.sandbox import SandboxConfig
+from rock.scheduler.base import MachineEnd
+
+log = logging.getLogger("rock.kubernetes")
+
+_AGAIN = 1.0  # seconds between attempts while the API server does not respond
+_MOST_KEPT = 100_000  # failures of pods that are not released yet
+
+
+@dataclass(frozen=True)
+class PodSettings:
+    """namespace: of the pods. servers: URLs that rocklets join. worker_key: from which the key of each pod is derived.
+    instance: a name of this installation: pods of others in the namespace are not touched. unschedulable: seconds
+    that a pod may wait for a node."""
+
+    namespace: str
+    servers: str
+    worker_key: str
+    instance: str = "rock"
+    unschedulable: float = 60.0
+    resync: float = 60.0
+
+
+class PodReservations:
+    """See rock.scheduler.base.Reservations. joined: whether a worker of that name is there now."""
+
+    exclusive = True
+
+    def __init__(
+        self, api: Api, templates: Mapping[str, Template], settings: PodSettings, joined: Callable[[str], bool]
+    ) -> None:
+        self._api = api
+        self._templates = templates
+        self._settings = settings
+        self._joined = joined
+        labels = {OWNER_LABEL: "rock", "app.kubernetes.io/component": "sandbox",
+                  "app.kubernetes.io/instance": settings.instance}  # fmt: skip
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        self._informer = Informer(api, self._path(), selector, self._see, settings.resync)
+        self._failures: dict[str, Failure] = {}  # by pod: of those that ended and are not released
+        self._waiting: dict[str, asyncio.Event] = {}  # by pod
+        self._confirming: dict[str, asyncio.Task[None]] = {}
+
+    async def open(self) -> None:
+        self._informer.open()
+
+    async def close(self) -> None:
+        """Pods stay, for the next server."""
+        await self._informer.close()
+        for task in list(self._confirming.values()):
+            task.cancel()
+        await asyncio.gather(*self._confirming.values(), return_exceptions=True)
+        await self._api.close()
+
+    def _path(self, name: str = "") -> str:
+        return path_of("pods", self._settings.namespace, name)
+
+    # ---- what the watch reports ----
+
+    def _see(self, pod: Object, gone: bool) -> None:
+        name = name_of(pod)
+        if gone:
+            # By a list or an event, both of which a server may send late: only a GET shows that it is gone.
+            if name not in self._confirming:
+                task = asyncio.create_task(self._confirm(pod), name=f"pod-{name}")
+                self._confirming[name] = task
+                task.add_done_callback(lambda _: self._confirming.pop(name, None))
+            return
+        failure = failure_of(pod)
+        if failure is not None and not failure.heals and len(self._failures) < _MOST_KEPT:
+            self._failures[name] = failure
+        self.changed(name)
+
+    async def _confirm(self, pod: Object) -> None:
+        name = name_of(pod)
+        while True:
+            try:
+                found = await self._api.get(self._path(name))
+                if uid_of(found) == uid_of(pod):
+                    return
+            except NotFound:
+                pass
+            except RockError as error:
+                log.warning("whether pod %s is gone is not known: %s; trying again", name, error)
+                await asyncio.sleep(_AGAIN)
+                continue
+            if len(self._failures) < _MOST_KEPT:
+                self._failures.setdefault(name, deleted(pod))
+            self.changed(name)
+            return
+
+    def changed(self, name: str) -> None:
+        """A pod changed, or a worker joined or left."""
+        event = self._waiting.get(name)
+        if event is not None:
+            event.set()
+
+    def failures(self) -> dict[str, MachineEnd]:
+        """By worker: machines that ended, and are not released."""
+        return {name: MachineEnd(failure.cause, failure.message) for name, failure in self._failures.items()}
+
+    def forget(self, worker: str) -> None:
+        """Nothing is left of a machine that ended."""
+        self._failures.pop(worker, None)
+
+    def silent(self) -> dict[str, str]:
+        """By worker: the reason why the cluster does not hear of its machine."""
+        found = {}
+        for name, pod in self._informer.objects.items():
+            if node_is_silent(pod):
+                node = (pod.get("spec") or {}).get("nodeName")
+                found[name] = f"the cluster does not hear of node {node} of its pod"
+        return found
+
+    def is_here(self, worker: str) -> bool:
+        """Whether the pod of a worker may be there, by what the watch reports."""
+        return not self._informer.synced.is_set() or worker in self._informer.objects or worker in self._waiting
+
+    def check_join(self, name: str, host: str) -> None:
+        """Unavailable for a worker that does not report the address of its pod: code in a sandbox must not make this
+        server connect to another address."""
+        pod = self._informer.objects.get(name)
+        if pod is None or (pod.get("status") or {}).get("podIP") != host:
+            raise Unavailable(f"the address of pod {name} is not known yet, or another one",
+                              hint="the rocklet tries again by itself")  # fmt: skip
+
+    # ---- Reservations ----
+
+    def check(self, config: SandboxConfig) -> None:
+        """The errors of a config that do not depend on the cluster. InvalidConfig, Unsupported."""
+        template_for(self._templates, config)
+        if config.keeps_files:
+            raise Unsupported("files of a sandbox that is a pod are deleted with the pod",
+                              hint="leave auto_delete_seconds and auto_archive_seconds unset, and copy files out")
+
+    async def reserve(self, sandbox_id: str, config: SandboxConfig, worker: str | None = None) -> str:
+        if worker is not None:
+            raise Unsupported("a sandbox that is a pod cannot be restarted", hint="create a new sandbox")
+        template = template_for(self._templates, config)
+        name = pod_name(sandbox_id)
+        joining = Joining(self._settings.servers, pod_key(self._settings.worker_key, name), self._settings.instance)
+        body = manifest(sandbox_id, template, config, joining)
+        event = self._waiting[name] = asyncio.Event()
+        try:
+            await self._informer.synced.wait()
+            if name not in self._informer.objects and name not in self._failures:
+                await self._create(sandbox_id, name, body)
+            return await self._started(sandbox_id, name, event)
+        finally:
+            if self._waiting.get(name) is event:
+                del self._waiting[name]
+
+    async def _create(self, sandbox_id: str, name: str, body: Object) -> None:
+        """Create the pod, or find that it exists. NoCapacity, InvalidConfig, Conflict."""
+        while True:
+            try:
+                await self._api.create(self._path(), body)
+                return
+            except Conflict:
+                try:
+                    if await self._is_ours(sandbox_id, name):
+                        return
+                except NotFound:
+                    continue
+                except Unavailable:
+                    pass
+                await asyncio.sleep(_AGAIN)  # it is being deleted
+            except Unavailable as error:
+                # It may have been created: the next attempt finds out.
+                log.warning("pod of sandbox %s: %s; trying again", sandbox_id, error.message)
+                await asyncio.sleep(_AGAIN)
+            except InvalidConfig as error:
+                if error.details.get("status") == 403 and "quota" in error.message:
+                    raise NoCapacity(error.message, hint="raise the ResourceQuota of the namespace, or stop sandboxes",
+                                     details=error.details) from None  # fmt: skip
+                raise
+
+    async def _is_ours(self, sandbox_id: str, name: str) -> bool:
+        """Whether the pod of this name is of this sandbox; False while it is being deleted. NotFound, Conflict."""
+        meta = (await self._api.get(self._path(name))).get("metadata") or {}
+        labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
+        mine = labels.get("app.kubernetes.io/instance") == self._settings.instance
+        if not mine or annotations.get(ID_LABEL) != sandbox_id:
+            raise Conflict(f"pod {name} exists and is not of this sandbox", hint="use another namespace, or sandbox_id")
+        return not meta.get("deletionTimestamp")
+
+    async def _started(self, sandbox_id: str, name: str, event: asyncio.Event) -> str:
+        """Wait for its rocklet. Raises the failure of the pod."""
+        waits_since: float | None = None
+        while True:
+            event.clear()
+            if self._joined(name):
+                return name
+            failure = self._failures.get(name)
+            if failure is None:
+                failure = failure_of(self._informer.objects.get(name) or {})
+            patience: float | None = None
+            if failure is not None and failure.heals:
+                waits_since = waits_since or time.monotonic()
+                patience = waits_since + self._settings.unschedulable - time.monotonic()
+                if patience <= 0:
+                    raise failure.error(sandbox_id)
+            elif failure is not None:
+                raise failure.error(sandbox_id)
+            else:
+                waits_since = None
+            try:
+                async with asyncio.timeout(patience):
+                    await event.wait()
+            except TimeoutError:
+                continue
+
+    async def release(self, sandbox_id: str) -> None:
+        name = pod_name(sandbox_id)
+        while True:
+            pod = self._informer.objects.get(name)
+            try:
+                if pod is None:
+                    pod = await self._api.get(self._path(name))
+                    if (pod.get("metadata") or {}).get("annotations", {}).get(ID_LABEL) != sandbox_id:
+                        break
+                await self._api.delete(self._path(name), uid_of(pod), grace=1)
+                break
+            except NotFound:
+                break
+            except Conflict:  # another pod of this name, as the cache will show
+                self._informer.forget(name)
+        self._failures.pop(name, None)
+
+    async def held(self) -> set[str]:
+        await self._informer.synced.wait()
+        found = set()
+        for pod in self._informer.objects.values():
+            meta = pod.get("metadata") or {}
+            sandbox_id = (meta.get("annotations") or {}).get(ID_LABEL)
+            if isinstance(sandbox_id, str) and not meta.get("deletionTimestamp"):
+                found.add(sandbox_id)
+        return found
+
+    async def is_gone(self, worker: str) -> bool:
+        """Whether there is no pod of a worker, by a GET. Unavailable."""
+        try:
+            await self._api.get(self._path(worker))
+        except NotFound:
+            return True
+        return False

@@ -1,0 +1,89 @@
+"""A box like a pod with hostUsers: false: a user namespace of 65,536 ids, own pid, mount, network and ipc namespaces,
+a read-only cgroup tree, and optionally a masked /proc. It needs root, and no cluster.
+
+    PodBox("A").run("rock", "doctor", "--kubernetes")
+
+Level A is root of that namespace; level B is an ordinary user without capabilities.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rock.runtime.namespace.launcher import userns
+from tests.unprivileged import open_to_all
+
+FIRST, COUNT = 1_000_000_000, 65_536
+_SETUP = """
+set -e
+mount --make-rprivate /
+mount -t proc proc /proc
+mount -t tmpfs -o mode=1777 tmpfs "$BOX_HOME"
+mount --bind /sys/fs/cgroup /sys/fs/cgroup 2>/dev/null && mount -o remount,bind,ro /sys/fs/cgroup 2>/dev/null || true
+ip link set lo up 2>/dev/null || true
+if [ -n "$BOX_MASKED" ]; then
+    mount -t tmpfs -o ro tmpfs /proc/acpi
+    mount --bind /proc/sys /proc/sys
+    mount -o remount,bind,ro /proc/sys
+fi
+"""
+
+
+class PodBox:
+    """level: A or B. home: a folder of the tests, in which anybody may enter. path: PYTHONPATH. masked: /proc as it is
+    without procMount: Unmasked."""
+
+    def __init__(self, level: str, home: Path, path: str, masked: bool = False) -> None:
+        self.level = level
+        self._home = home
+        self._path = path
+        self._masked = masked
+
+    @contextmanager
+    def _namespace(self) -> Iterator[int]:
+        text = f"0 {FIRST} {COUNT}\n"
+        fd = userns.make(text, text)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def run(self, *argv: str, timeout: float = 120.0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a program in a new box, to its end."""
+        self._home.mkdir(exist_ok=True)
+        drop = "exec "
+        if self.level == "B":
+            user = "--reuid 1000 --regid 1000 --clear-groups --bounding-set=-all"
+            drop = f'chown 1000:1000 "$BOX_HOME"; exec setpriv {user} '
+        given = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": self._path,
+                 "BOX_HOME": str(self._home), "BOX_MASKED": "1" if self._masked else "", "HOME": str(self._home),
+                 "TMPDIR": str(self._home), "ROCK_HOME": f"{self._home}/rock", "LANG": "C.UTF-8",
+                 "PYTHONDONTWRITEBYTECODE": "1", **environment}  # fmt: skip
+        with self._namespace() as fd:
+            return subprocess.run(
+                ["nsenter", f"--user=/proc/self/fd/{fd}", "-S", "0", "-G", "0", "--",
+                 "unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child",
+                 "bash", "-c", _SETUP + drop + '"$@"', "box", *argv],
+                env=given, pass_fds=[fd], capture_output=True, text=True, timeout=timeout, cwd="/")  # fmt: skip
+
+
+@contextmanager
+def readable_path(folder: Path) -> Iterator[str]:
+    """PYTHONPATH of the checkout and its packages for any user; copies where the checkout is private."""
+    top, packages = Path(__file__).parent.parent.parent, Path(sysconfig.get_paths()["purelib"])
+    found = []
+    for name, source in (("src", top / "src"), ("tests", top / "tests"), ("packages", packages)):
+        if open_to_all(source):
+            found.append(str(source if name != "tests" else top))
+            continue
+        folder.chmod(0o755)
+        target = folder / ("checkout/tests" if name == "tests" else name)
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        found.append(str(target if name != "tests" else target.parent))
+    yield ":".join(found)
