@@ -196,7 +196,7 @@ def control_rows() -> Iterator[Route]:
     )
     # snapshots
     n = "/v1/snapshots/{snapshot}"
-    yield row("list_snapshots", "GET", "/v1/snapshots", "control", "Snapshots, oldest first", "?sandbox", "SnapshotList")
+    yield row("list_snapshots", "GET", "/v1/snapshots", "control", "Snapshots by age", "?sandbox", "SnapshotList")
     yield row("get_snapshot", "GET", n, "control", "A snapshot by its id or name", "?tenant", "SnapshotInfo")
     yield row("delete_snapshot", "DELETE", n, "control",
               "Delete a snapshot; its files stay while sandboxes or other snapshots use them", "?tenant",
