@@ -79,6 +79,20 @@ class Echo:
         self.fork_safe = True
         return "declared"
 
+    def lie(self, how):
+        """From now on, break the protocol of forks."""
+        forking = sys.modules["rock.guest.environments.forking"]
+
+        def fork(children, failed):
+            for child in children:
+                for _ in range(50 if how == "flood" else 1):
+                    if how != "silence":
+                        os.write(child.control, LIES[how])
+            return None
+
+        forking.fork = fork
+        return "ready to lie"
+
     def ignore(self):
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         return "ignored"
@@ -144,6 +158,10 @@ class Echo:
 class Info(Echo):
     def step(self, action):
         return "ok", 0.5, True, True, {"what": Echo(), "set": {2, 1}, (1, 2): "key", "bytes": b"x"}
+
+
+LIES = {"parent": b"{}", "junk": b"\\0\\xff", "list": b"[]", "large": b"[" * 60_000, "flood": b"[1]",
+        "deep": b"[" * 9000, "kind": b'{"kind": {"a": 1}, "message": 3}', "unknown": b'{"kind": "unknown", "near": 7}'}
 
 
 class Seeded(Echo):

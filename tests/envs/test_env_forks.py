@@ -105,6 +105,17 @@ def test_a_fork_of_a_fork_and_of_many(small: Path, hosted: Run) -> None:
     hosted(small, body)
 
 
+def test_a_hundred_children(small: Path, hosted: Run) -> None:
+    async def body(host: EnvHost, *_: Any) -> None:
+        number = await host.make(ECHO)
+        await host.reset(number, 1)
+        children = await forked(host, number, 100)
+        results = await asyncio.gather(*(played(host, which, 3) for which in (number, *children)))
+        assert all(found == results[0] for found in results)
+
+    hosted(small, body)
+
+
 def test_children_outlive_their_parent_and_each_other(small: Path, hosted: Run) -> None:
     async def body(host: EnvHost, *_: Any) -> None:
         number = await host.make(ECHO)
@@ -279,6 +290,27 @@ def test_too_many_processes(small: Path, hosted: Run) -> None:
         assert all(isinstance(error, QuotaExceeded) for error in failed)
         for child in (number, *started):
             assert (await host.step(child, "fine"))[4] == {"count": 2}
+
+    hosted(small, body)
+
+
+@pytest.mark.parametrize(
+    "how", ["parent", "junk", "list", "large", "flood", "deep", "kind", "unknown", "silence"]
+)
+def test_a_hostile_environment_has_no_forks_and_harms_no_other(small: Path, hosted: Run, how: str) -> None:
+    async def body(host: EnvHost, *_: Any) -> None:
+        number, other = await host.make(ECHO), await host.make(ECHO)
+        await result_of(host, number, "lie", how=how)
+        for _ in range(3):  # together more than there are pipes
+            found = await host.fork(number, 12)
+            expected = EnvironmentEnded if how == "silence" else Unsupported
+            assert all(isinstance(child, expected) for child in found), found
+        assert set(host.environments()) == {number, other}
+        assert (await host.step(number, "fine"))[0] == "fine"
+        children = await forked(host, other, len(PIPES))
+        assert [(await host.step(child, "fine"))[4]["count"] for child in children] == [1] * len(children)
+        await host.close_env(number)
+        assert set(host.environments()) == {other, *children}
 
     hosted(small, body)
 

@@ -188,7 +188,7 @@ class Pending:
 def _object(data: bytes) -> dict[str, Any]:
     try:
         report = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         report = None
     return report if isinstance(report, dict) else {"type": "ValueError", "message": "its report is no JSON object"}
 
@@ -340,6 +340,8 @@ class Zygote:
             return
         pid, report = heard
         self._release(pending)
+        if not report and (pid in self._by_pid or pid in (1, os.getpid())):
+            report = {"type": "ValueError", "message": f"process {pid} is no fork"}  # it sent a report of its own
         if pid and not report:
             self._add(Child(pending.number, pending.spec, pid, pending.socket, pending.stderr))
             answer(pending.number, OK, pending.id, pending.number)
