@@ -101,6 +101,21 @@ class Rows:
                   f"  n {row['n']:6d}  {ratio:6.1f}x{speed}", flush=True)  # fmt: skip
 
 
+    def calls(self, title: str, kinds: dict[str, Callable[[], None]], count: int = 30) -> None:
+        """Time single calls, of all kinds in turns."""
+        times: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(count):
+            for name, call in kinds.items():
+                begin = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - begin) * 1e6)
+        print(title)
+        for name, found in times.items():
+            least, middle, most = (sorted(found)[place] for place in (0, count // 2, count - 2))
+            self.told.append({"row": title, "kind": name, "n": count, "min": least, "p50": middle, "p95": most})
+            print(f"  {name:20} min {least:8.0f}  p50 {middle:8.0f}  p95 {most:8.0f} us  n {count:6d}", flush=True)
+
+
 def cartpole(rows: Rows, url: str, peer: Callable[[], Any] | None) -> None:
     name = "CartPole-v1"
     single: dict[str, Callable[[], Any]] = {
@@ -171,15 +186,25 @@ def sokoban(rows: Rows, url: str, images: Path | None) -> None:
         makers["in-process"] = lambda: gem.make(name)
     makers["ROCK"] = lambda: rock.make(name, base_url=url)
     rows.add("GEM Sokoban", "\\boxed{up}", makers)
-    times = []
-    for _ in range(30):
-        begin = time.perf_counter()
-        rock.make(name, base_url=url).close()
-        times.append((time.perf_counter() - begin) * 1e6)
-    times.sort()
-    title, least, middle, most = "rock.make and close, warm", times[0], times[15], times[28]
-    rows.told.append({"row": title, "kind": "ROCK", "n": 30, "min": least, "p50": middle, "p95": most})
-    print(f"{title}\n  ROCK             min {least:8.0f}  p50 {middle:8.0f}  p95 {most:8.0f} us  n     30")
+    rows.calls("rock.make and close, warm", {"ROCK": lambda: rock.make(name, base_url=url).close()})
+    with rock.make(name, base_url=url) as env:
+        env.reset(seed=1)
+        rows.calls("fork of Sokoban and close", {
+            "os.fork and wait": bare_fork, "1 child": lambda: fork(env, 1), "16 children": lambda: fork(env, 16),
+        })  # fmt: skip
+
+
+def bare_fork() -> None:
+    """This process has imported the same packages, and numpy and Gymnasium."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def fork(env: Any, count: int) -> None:
+    for child in env.fork(count):
+        child.close()
 
 
 @contextlib.contextmanager

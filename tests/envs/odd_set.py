@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import threading
 import time
 from typing import Any
 
@@ -32,6 +34,11 @@ class Odd(Task):
         word, _, rest = text_of(action).partition(" ")
         if word == "sleep":
             time.sleep(float(rest))
+        elif word == "draw":
+            self.drawn = [*getattr(self, "drawn", []), random.random()]
+            return Outcome([says(repr(self.drawn))], self.drawn[-1])
+        elif word == "thread":
+            threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
         elif word == "raise":
             raise RuntimeError(rest)
         elif word == "exit":

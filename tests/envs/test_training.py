@@ -104,6 +104,32 @@ def test_an_instance_that_dies_takes_nobody_along(box: TrainingSandbox) -> None:
     assert box.release_instance(dying) is True
 
 
+def test_forks_of_an_instance(box: TrainingSandbox) -> None:
+    """16 instances and the one that they are copies of play the same 20 steps."""
+    instance = instance_of(box)
+    before = box.step(instance, say("draw"))
+    copies = box.fork_instance(instance, 16)
+    assert len({instance, *copies}) == 17
+    played = [[box.step(each, say("draw")) for _ in range(20)] for each in (instance, *copies)]
+    assert all(results == played[0] for results in played)
+    assert len({result["reward"] for result in (before, *played[0])}) == 21
+    with pytest.raises(errors.EnvironmentEnded, match="status 3"):
+        box.step(copies[0], say("exit 3"))
+    assert box.evaluate(copies[1], []) == box.evaluate(instance, [])
+    (other,) = box.fork_instance(copies[1], 1, reseed=True)
+    assert box.step(other, say("draw"))["reward"] != box.step(copies[1], say("draw"))["reward"]
+    assert all(box.release_instance(each) for each in (*copies, other))
+    assert box.step(instance, say("hello"))["reward"] == 0.25
+    box.step(instance, say("thread"))
+    with pytest.raises(errors.Unsupported, match="2 threads") as caught:
+        box.fork_instance(instance, 2)
+    assert failure_of(caught.value) == "request"
+    with pytest.raises(errors.NotFound):
+        box.fork_instance(copies[0])
+    with pytest.raises(errors.InvalidConfig):
+        box.fork_instance(instance, 101)
+
+
 def test_an_agent_cannot_have_its_episode_replayed() -> None:
     """What ends a sandbox from inside is no failure of the infrastructure; what takes its machine away is."""
     for error in (errors.Exited("its pid 1 ended"), errors.OutOfMemory("it ran out of its 64m of memory")):

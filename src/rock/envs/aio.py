@@ -99,6 +99,13 @@ class AsyncEnv(Generic[_Env]):
         """The current value of an attribute of the environment."""
         return await self._blocking("get_attr", name)
 
+    async def fork(self, n: int = 1, *, reseed: bool = False, partial: bool = False) -> list[Self]:
+        """`n` copies of the environment's process at this step; see `RockEnv.fork`."""
+        env: Any = self.env
+        async with self._one:
+            found = await made(lambda: env.fork(n, reseed=reseed, partial=partial))
+        return [type(self)(child, child._player, self._reward) for child in found]
+
     async def close(self) -> None:
         """End its process. Idempotent."""
         await self._blocking("close")
@@ -190,7 +197,8 @@ async def make_async(env_id: str, **options: Any) -> AsyncEnv[RockEnv]:
 
 
 async def made(make: Callable[[], _Env]) -> _Env:
-    """The environment that `make` creates; if the caller is cancelled meanwhile, it is closed after its creation."""
+    """The environment, or the list of them, that `make` creates; closed after its creation if the caller is cancelled
+    meanwhile."""
     making = asyncio.ensure_future(in_thread(make))
     try:
         return await asyncio.shield(making)
@@ -201,8 +209,9 @@ async def made(make: Callable[[], _Env]) -> _Env:
 
 def _discard(making: asyncio.Future[Any]) -> None:
     if not making.cancelled() and making.exception() is None:
-        env = making.result()
-        threading.Thread(target=env.close, name="rock-env-close", daemon=True).start()
+        found = making.result()
+        for env in found if isinstance(found, list) else [found]:
+            threading.Thread(target=env.close, name="rock-env-close", daemon=True).start()
 
 
 __all__ = ["AsyncEnv", "make_async"]

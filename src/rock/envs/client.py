@@ -29,7 +29,7 @@ from rock import errors, settings
 from rock.envs.local_transport import LocalTransport, TransportUnavailable, reach
 from rock.guest.environments import frames, values
 from rock.guest.environments.frames import ERROR, HEAD, RESET
-from rock.protocol.env import EnvAbout, EnvInfo, OpenEnv
+from rock.protocol.env import MOST_FORKS, EnvAbout, EnvInfo, ForkedEnvs, OpenEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.sync.sandbox.link import end_of, parse, path, transport_of
@@ -194,6 +194,8 @@ class EnvironmentClient:
         self._progress = progress
         self._target = ""
         self.ways: dict[int, LocalTransport] = {}
+        self._lock = threading.Lock()
+        self._users = 0  # open environments of this client
         self._owners: dict[int, str] = {}  # by environment: the owner of its lease
 
     def open(self, spec: OpenEnv, timeout: float) -> None:
@@ -244,13 +246,39 @@ class EnvironmentClient:
         except orjson.JSONDecodeError as error:
             raise errors.ServerError(f"malformed answer: {error}") from None
         made = parse(EnvInfo, answer)
+        self._hold(made)
+        return made.env
+
+    def _hold(self, made: EnvInfo) -> None:
+        """Renew the lease of an environment from now on, and borrow its pipes where possible."""
+        with self._lock:
+            self._users += 1
         if made.lease is not None:  # an older server returns none
             self._owners[made.env] = LEASES.hold(self.transport, self.sandbox_id, made.lease)
         if settings.env_pipes():
             pipes = reach(made, self.transport.address.host, shared=settings.env_shared())
             if pipes is not None:
                 self.ways[made.env] = pipes
-        return made.env
+
+    def fork(self, number: int, count: int, reseed: bool, partial: bool) -> list[int]:
+        """Fork an environment; returns the numbers of its children. Without `partial`, an error of one child closes the
+        others and is raised."""
+        if type(count) is not int or not 1 <= count <= MOST_FORKS:
+            raise errors.InvalidConfig(f"n={count!r} is no number of children",
+                                       hint=f"a fork has 1 to {MOST_FORKS} children; fork again for more")
+        target = ROUTES["fork_env"].url(sandbox_id=self.sandbox_id, env=str(number))
+        body = {"count": count, "reseed": bool(reseed), "owner": LEASES.owner}
+        made = parse(ForkedEnvs, self.transport.json("POST", target, body, timeout=self._timeout)).items
+        started = [child for child in made if child.error is None]
+        for child in started:
+            self._hold(child)
+        failures = [child.error for child in made if child.error is not None]
+        if len(made) != count or (failures and not partial):
+            for child in started:
+                self.close_env(child.env)
+                self.close()
+            raise errors.from_wire(failures[0]) if failures else errors.ServerError("malformed answer: no children")
+        return [child.env for child in started]
 
     def ask(self, wanted: EnvironmentCall) -> Any:
         """The response of an environment. Raises its error, Unavailable, ServerError."""
@@ -384,8 +412,11 @@ class EnvironmentClient:
         return parse(EnvAbout, self.transport.json("GET", target))
 
     def close(self) -> None:
-        """Stop the sandbox, unless it is shared."""
-        if not self.exclusive or not self.sandbox_id:
+        """End the use by one environment: without another one, stop the sandbox, unless it is shared."""
+        with self._lock:
+            self._users -= 1
+            in_use = self._users > 0
+        if in_use or not self.exclusive or not self.sandbox_id:
             return
         try:
             self.transport.json("POST", path("stop_sandbox", self.sandbox_id), timeout=SLACK)
@@ -449,6 +480,13 @@ class EnvironmentHandle:
 
     def call(self, what: str, *arguments: Any) -> Any:
         return self.link.ask(self._ask(frames.CALL, [what, *arguments]))
+
+    def fork(self, n: int, reseed: bool, partial: bool) -> list[EnvironmentHandle]:
+        """Handles of copies of this environment, at the same step."""
+        children = [EnvironmentHandle(self.link, number) for number in self.link.fork(self.number, n, reseed, partial)]
+        for child in children:
+            child.index = self.index
+        return children
 
     def _ask(self, op: int, value: Any, index: int | None = None) -> EnvironmentCall:
         return EnvironmentCall(self.number, op, value, index, self.link.ways)

@@ -8,6 +8,7 @@ env.close()
 
 from __future__ import annotations
 
+import copy
 import os
 from types import TracebackType
 from typing import Any, Self
@@ -152,13 +153,37 @@ class RockEnv:
     def set_state(self, state: Any) -> None:
         self.call("set_state", state)
 
+    def fork(self, n: int = 1, *, reseed: bool = False, partial: bool = False) -> list[Self]:
+        """`n` copies (1 to 100) of this environment's process at this step. They continue as this one would, with the
+        same random state, and are independent of it.
+
+        reseed: draw new seeds in each copy. partial: return the copies that were started, at least one; otherwise an
+        error of one closes the others. Unsupported, before any change: its process has threads, processes, connections,
+        shared memory, or a library such as torch, and it does not declare fork_safe. QuotaExceeded: the sandbox has no
+        room for more processes.
+        """
+        self._check_open()
+        return [self._copy(player) for player in self._player.fork(n, reseed, partial)]
+
+    def _copy(self, player: EnvironmentHandle) -> Self:
+        child = copy.copy(self)
+        child._player = player
+        child._process = os.getpid()
+        return child
+
     def spawn(self, same_state: bool = False, **kwargs: Any) -> Self:
         """Another environment of this id with the same arguments; `kwargs` replace some of them.
 
-        same_state: copies this one's state, for environments with get_state and set_state; EnvironmentRaised for
-        others. The new environment is reset once, then its set_state receives the result of get_state here.
+        same_state: copies this one's state, by a fork in a shared sandbox. With `kwargs`, in a sandbox of its own, and
+        where a fork is refused, the environment needs get_state and set_state (EnvironmentRaised without them): the new
+        one is reset once, then its set_state receives the result of get_state here.
         """
         self._check_open()
+        if same_state and not kwargs and not self._link.exclusive:
+            try:
+                return self.fork(1)[0]
+            except (errors.Unsupported, errors.NotFound):  # an older server has no forks
+                pass
         state = self.get_state() if same_state else None
         child = type(self)(self._made_of, **{**self._options, **kwargs})
         if same_state:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from gymnasium import spaces
@@ -98,11 +100,15 @@ def _plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
+_RANDOM = {"observation_space", "action_space", "single_observation_space", "single_action_space", "_np_random"}
+
+
 class Placed:
     """Mixin with the contract and the location of an environment or a vector. Specs are those of a single
     environment."""
 
     _player: EnvironmentHandle
+    _process: int
     _sandbox: EnvSandbox
     _contract: EnvContract
 
@@ -128,6 +134,34 @@ class Placed:
     @property
     def action_space_spec(self) -> SpaceSpec:
         return self._contract.action_space
+
+    def fork(self, n: int = 1, *, reseed: bool = False, partial: bool = False) -> list[Self]:
+        """`n` copies (1 to 100) of this environment's process at this step. They continue as this one would, with the
+        same random state, also of the spaces here, and are independent of it.
+
+        reseed: draw new seeds in each copy. partial: return the copies that were started, at least one; otherwise an
+        error of one closes the others. Unsupported, before any change: its process has threads, processes, connections,
+        shared memory, or a library such as torch, and it does not declare fork_safe. QuotaExceeded: the sandbox has no
+        room for more processes.
+        """
+        self._check_open()
+        return [self._copy(player, reseed) for player in self._player.fork(n, reseed, partial)]
+
+    def _copy(self, player: EnvironmentHandle, reseed: bool) -> Self:
+        child = copy.copy(self)
+        child._player = player
+        child._process = os.getpid()
+        for name in _RANDOM & vars(child).keys():
+            vars(child)[name] = copy.deepcopy(vars(child)[name])
+            if reseed and isinstance(vars(child)[name], spaces.Space):
+                vars(child)[name].seed()
+        if reseed:
+            vars(child).pop("_np_random", None)
+        return child
+
+    def _check_open(self) -> None:
+        """Raise Conflict when it is closed."""
+        raise NotImplementedError
 
 
 # ---- Gymnasium spaces from the descriptions of guest/environments/hosting.py ----

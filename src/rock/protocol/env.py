@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from rock.errors import (
     ActionError,
     CommandTimeout,
     Conflict,
+    EnvironmentEnded,
     EnvironmentRaised,
     ImageError,
     InvalidConfig,
@@ -29,6 +30,8 @@ DOOR = "environments.sock"  # the name of every local socket
 PIPED = 28  # environments of one sandbox that have their own pipes; len(PIPES) of guest/environments/host.py
 # A label: renewals of a lease keep the sandbox alive. Without it, the idle timeout that the user chose applies.
 LEASED = "rock.env.leased"
+MOST_FORKS = 100  # children of one fork
+NAME_PATTERN = r"^[^/\s\x00-\x1f]{1,256}$"
 OWNER_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
 
 Family = Literal["gem", "gym", "task"]
@@ -116,7 +119,7 @@ class MakeEnv(Inside):
     root: str | None = None
     timeout: float | None = Field(default=None, gt=0, le=86400)
     task: str | None = None
-    name: str | None = Field(default=None, pattern=r"^[^/\s\x00-\x1f]{1,256}$")
+    name: str | None = Field(default=None, pattern=NAME_PATTERN)
     idle: float | None = Field(default=None, gt=0, le=7 * 86400)
     begin: bool = False
     owner: str | None = Field(default=None, pattern=OWNER_PATTERN)
@@ -141,6 +144,31 @@ class EnvInfo(Answer):
     lease: float | None = None
     observation: Any = None
     info: dict[str, Any] = Field(default_factory=dict)
+
+
+class ForkEnv(Inside):
+    """Fork an environment: `count` copies of its process, which continue as it would. reseed: draw new seeds in each.
+
+    names, idle, owner: of the children, as in MakeEnv; as many names as children.
+    """
+
+    count: int = Field(default=1, ge=1, le=MOST_FORKS)
+    reseed: bool = False
+    names: list[Annotated[str, Field(pattern=NAME_PATTERN)]] | None = None
+    idle: float | None = Field(default=None, gt=0, le=7 * 86400)
+    owner: str | None = Field(default=None, pattern=OWNER_PATTERN)
+
+
+class ForkedEnv(EnvInfo):
+    """A child of a fork, or `error`: why this one could not be started; `env` is 0 then."""
+
+    error: dict[str, Any] | None = None
+
+
+class ForkedEnvs(Answer):
+    """The children of a fork, in the order of the names. At least one was started."""
+
+    items: list[ForkedEnv] = Field(default_factory=list)
 
 
 class EnvOwner(Answer):
@@ -191,7 +219,7 @@ class StepResult(Answer):
 #
 # Errors inside an environment become typed errors.
 
-_NOT_STARTED = {"unknown", "refused", "image"}
+_NOT_STARTED = {"unknown", "refused", "image", "unforkable", "unforked"}
 _TASK: dict[str, type[RockError]] = {"not_found": NotFound, "unsupported": Unsupported}  # others are InvalidConfig
 
 
@@ -238,6 +266,12 @@ def _error(
             sandbox_id=sandbox_id,
             hint="close environments, or ask for more pids or memory",
         )
+    if kind == "unforkable":
+        return Unsupported(text, sandbox_id=sandbox_id, details=details,
+                           hint="make another environment and repeat the actions; an environment whose copy by os.fork "
+                                "is correct nevertheless declares fork_safe = True")  # fmt: skip
+    if kind == "unforked":
+        return EnvironmentEnded(text, sandbox_id=sandbox_id, hint="fork again, or make a new environment")
     if kind == "refused_step":
         return Conflict(text, sandbox_id=sandbox_id, details=details,
                         hint="steps are numbered from 0; does another client use this environment?")  # fmt: skip

@@ -437,6 +437,10 @@ def data_rows() -> Iterator[Route]:
         "CallResult",
     )
     yield row(
+        "fork_env", "POST", _S + "/envs/{env}/fork", "data", "Copy an environment with its state", "ForkEnv",
+        "ForkedEnvs",
+    )  # fmt: skip
+    yield row(
         "env_frames",
         "POST",
         _S + "/envs/frames",

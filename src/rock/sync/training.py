@@ -18,6 +18,7 @@ from rock.protocol.env import (
     TASK_IMAGES,
     CallResult,
     EnvInfo,
+    ForkedEnvs,
     StepResult,
     created,
     new_instance_id,
@@ -237,6 +238,23 @@ class TrainingSandbox:
         """Messages that solve it, for checking a set; InvalidConfig where none is known."""
         found: list[Message] = self._call(_named(instance_id), "solution", [])
         return found
+
+    def fork_instance(self, instance_id: str, n: int = 1, reseed: bool = False) -> list[str]:
+        """Copy an instance at this step: ids of `n` new ones, which continue as it would and are independent of it.
+
+        reseed: draw new seeds in each copy. All or none are made: an error of one releases the others. Unsupported,
+        before any change: its process holds something that a copy would share, such as threads or connections.
+        """
+        names = [new_instance_id() for _ in range(n)]
+        body = {"count": n, "reseed": reseed, "names": names, "idle": self._idle}
+        made = parse(ForkedEnvs, self._ask("fork_env", _named(instance_id), body)).items
+        failures = [child.error for child in made if child.error is not None]
+        if failures or len(made) != n:
+            for name, child in zip(names, made, strict=False):
+                if child.error is None:
+                    self.release_instance(name)
+            raise errors.from_wire(failures[0]) if failures else errors.ServerError("malformed answer: no instances")
+        return names
 
     def release_instance(self, instance_id: str) -> bool:
         """End it. False when there is none of that name: it was released before."""

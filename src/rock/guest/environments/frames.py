@@ -14,6 +14,7 @@ memory. Ops:
     CALL    [what, *arguments]        see worker.py
     CLOSE                             response OK, then the process exits
     KILL                              of the environment in the frame, by the zygote
+    FORK    see host.py               by the zygote, and by the environment that it forwards it to
     ENDED   from the zygote: its process is gone. JSON {"status", "stderr"}
     ERROR   instead of OK: JSON {"kind", "type", "message", "traceback", "next"}
 
@@ -31,11 +32,12 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-HELLO, MAKE, RESET, STEP, CALL, CLOSE, KILL = range(7)
+HELLO, MAKE, RESET, STEP, CALL, CLOSE, KILL, FORK = range(8)
 OK, ERROR, ENDED = 16, 17, 18
-NAMES = {MAKE: "make", RESET: "reset", STEP: "step", CALL: "call", CLOSE: "close"}
+NAMES = {MAKE: "make", RESET: "reset", STEP: "step", CALL: "call", CLOSE: "close", FORK: "fork"}
 PLAIN = 1
 IN_MEMORY = 2
+MEMORY = 197  # the descriptor of the shared memory inside
 PART = 16 << 20  # bytes of the memory of an environment with pipes of its own
 NO_INDEX = -1
 

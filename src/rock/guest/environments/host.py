@@ -12,12 +12,17 @@ seconds, so each environment is a fork of a process that has imported it.
 
 frames.py defines the protocol, and worker.py executes requests. A message to environment 0 is for the zygote:
 
-    -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe, name, idle, owner]}}
+    -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe, name, idle, owner]}, "forks": whether it can}
     -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null, "name", "idle", "owner"}  <- of n: OK n
+    -> FORK {"env", "reseed", "children": [{"number", "id", and as MAKE}]}  <- of each child n, with its id: OK n
     -> KILL             <- ENDED, when the process of that environment is gone
 
+For a fork the zygote makes a socket and a pipe for each child, and sends them to the environment, which forks itself
+(forking.py). Each child reports on its socket that it serves; the kernel adds its pid, and makes the zygote its parent.
+
 The kind of an error is "unknown" (no such id), "import", "environment" (it raised; it stays usable), "gone", "refused"
-(no process can be started), "image" (its Python lacks a requirement), "source" (it defines no environment),
+(no process can be started), "unforkable" (a fork would not continue as its parent), "unforked" (the environment ended
+before its fork), "image" (its Python lacks a requirement), "source" (it defines no environment),
 "refused_step" (the index is not the next one) or "transport" (a value that cannot be encoded).
 
 Runs as one program on the command line, which rocklet/environments/pipes.py builds from these files. Its arguments are
@@ -28,29 +33,31 @@ only.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import mmap
 import os
 import select
 import signal
+import socket
+import struct
 import sys
 import traceback
 import types
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from rock.guest.environments import frames, tasks
-from rock.guest.environments.frames import HEAD, HELLO, KILL, MAKE, NO_INDEX, OK, PLAIN, Joiner, pieces
+from rock.guest.environments import forking, frames, tasks
+from rock.guest.environments.frames import FORK, HEAD, HELLO, KILL, MAKE, NO_INDEX, OK, PLAIN, Joiner, pieces
 from rock.guest.environments.worker import EnvironmentWorker, failure
 
-MEMORY, REQUESTS, ANSWERS = 197, 198, 199
+MEMORY, REQUESTS, ANSWERS = frames.MEMORY, 198, 199
 PIPES = range(132, 160)
 OWN = len(PIPES)  # the environment with the request pipe n writes responses to n + OWN
 _READ = 1 << 16
 _STDERR_KEPT = 8192
-_PR_SET_PDEATHSIG = 1
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 def answer(env: int, op: int, id: int, message: Any, stream: int = 0) -> None:
@@ -64,16 +71,17 @@ def answer(env: int, op: int, id: int, message: Any, stream: int = 0) -> None:
 
 
 class Child:
-    """The zygote's state of an environment's process."""
+    """The zygote's state of an environment's process. `socket`: for requests, and for descriptors."""
 
-    def __init__(self, number: int, request: dict[str, Any], pid: int, requests: int, stderr: int) -> None:
+    def __init__(self, number: int, request: dict[str, Any], pid: int, connection: socket.socket, stderr: int) -> None:
         self.number = number
         self.pipe: int | None = request["pipe"]
         self.known = [request["env_id"], self.pipe, *map(request.get, ("name", "idle", "owner"))]
         self.pid = pid
-        self.requests = requests
+        self.socket = connection
+        self.requests = connection.fileno()
         self.stderr = stderr
-        self.waiting: deque[bytes] = deque()
+        self.waiting: deque[Packet] = deque()
         self.tail = b""
 
     def read_stderr(self) -> bool:
@@ -89,14 +97,100 @@ class Child:
         """Forward queued data; True when the queue is empty."""
         while self.waiting:
             try:
-                os.write(self.requests, self.waiting[0])
+                self.waiting[0].send(self.socket)
             except BlockingIOError:
                 return False
-            except BrokenPipeError:
-                self.waiting.clear()
+            except ConnectionError:
                 break
-            self.waiting.popleft()
+            self.waiting.popleft().close()
+        self.drop()
         return True
+
+    def drop(self) -> None:
+        """Drop queued data."""
+        while self.waiting:
+            self.waiting.popleft().close()
+
+    def close(self) -> None:
+        self.drop()
+        self.socket.close()
+        os.close(self.stderr)
+
+
+class Packet:
+    """Queued data for an environment, with descriptors; those in `own` are closed afterwards."""
+
+    def __init__(self, data: bytes, fds: tuple[int, ...] = (), own: tuple[int, ...] = ()) -> None:
+        self._data = data
+        self._fds = fds
+        self._own = own
+
+    def send(self, connection: socket.socket) -> None:
+        """Raises BlockingIOError, and ConnectionError when the environment has ended."""
+        if self._fds:
+            try:
+                socket.send_fds(connection, [self._data], self._fds)
+            except (BlockingIOError, ConnectionError):
+                raise
+            except OSError:  # too many descriptors are on their way: the receiver expects a packet nevertheless
+                connection.send(self._data)
+        else:
+            connection.send(self._data)
+
+    def close(self) -> None:
+        for fd in self._own:
+            os.close(fd)
+
+
+class Pending:
+    """A child that an environment forks on request. `id`: of the request. `parent`: the number of the environment."""
+
+    def __init__(self, parent: int, spec: dict[str, Any]) -> None:
+        self.parent = parent
+        self.number: int = spec["number"]
+        self.id: int = spec["id"]
+        self.spec = spec
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self.stderr, their_stderr = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            self.socket.close()
+            theirs.close()
+            raise
+        self.socket.setblocking(False)
+        os.set_blocking(self.stderr, False)
+        pipe: int | None = spec["pipe"]
+        pipes = () if pipe is None else (pipe, pipe + OWN)
+        own = (theirs.detach(), their_stderr)
+        offset = None if pipe is None else _offset(pipe)
+        report = {"number": self.number, "offset": offset, "fds": len(own) + len(pipes)}
+        self.packet = Packet(json.dumps(report).encode(), (*own, *pipes), own)
+
+    def heard(self) -> tuple[int, dict[str, Any]] | None:
+        """The pid and the report of the child; None while there is none. Empty once no process can send one."""
+        try:
+            data, ancillary, _, _ = self.socket.recvmsg(_READ, socket.CMSG_SPACE(_CREDENTIALS.size))
+        except BlockingIOError:
+            return None
+        except OSError:
+            data, ancillary = b"", []
+        for level, kind, value in ancillary:
+            if data and level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                return _CREDENTIALS.unpack(value)[0], _object(data)
+        return 0, {}
+
+    def close(self) -> None:
+        self.socket.close()
+        os.close(self.stderr)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        report = json.loads(data)
+    except (ValueError, RecursionError):
+        report = None
+    return report if isinstance(report, dict) else {"type": "ValueError", "message": "its report is no JSON object"}
 
 
 class Zygote:
@@ -105,6 +199,10 @@ class Zygote:
     def __init__(self, problem: dict[str, Any] | None) -> None:
         self._problem = problem
         self._children: dict[int, Child] = {}
+        self._by_pid: dict[int, Child] = {}
+        self._pending: dict[int, Pending] = {}  # by their number
+        self._by_socket: dict[int, Pending] = {}
+        self._adopts = forking.adopt_orphans()
         self._by_stderr: dict[int, Child] = {}
         self._by_requests: dict[int, Child] = {}
         self._poll = select.poll()
@@ -130,6 +228,8 @@ class Zygote:
                     with contextlib.suppress(BlockingIOError):
                         os.read(self._wake, _READ)
                     self._reap()
+                elif fd in self._by_socket:
+                    self._hear(self._by_socket[fd])
                 elif fd in self._by_stderr:
                     if not self._by_stderr[fd].read_stderr():
                         self._poll.unregister(fd)
@@ -148,17 +248,23 @@ class Zygote:
                 gone = {"kind": "gone", "type": "", "message": f"there is no environment {stream}", "traceback": ""}
                 answer(stream, frames.ERROR, id, gone)
                 return
-            child.waiting.extend(pieces(stream, message))
-            if not child.send() and child.requests not in self._by_requests:
-                self._by_requests[child.requests] = child
-                self._poll.register(child.requests, select.POLLOUT)
+            self._forward(child, map(Packet, pieces(stream, message)))
         elif op == HELLO:
+            for pending in list(self._pending.values()):  # this rocklet does not know them
+                self._hear(pending)
+                self._abandon(pending.number)
             there = {number: child.known for number, child in self._children.items()}
-            answer(0, OK, id, {"hello": payload.decode(), "there": there})
+            answer(0, OK, id, {"hello": payload.decode(), "there": there, "forks": self._adopts})
         elif op == KILL:
+            if env in self._pending:
+                self._hear(self._pending[env])
             child = self._children.get(env)
             if child is not None:
                 _kill(child)
+            elif self._abandon(env):
+                answer(env, frames.ENDED, 0, {"status": int(signal.SIGKILL), "stderr": ""})
+        elif op == FORK:
+            self._ask_to_fork(json.loads(payload))
         elif op == MAKE:
             request = json.loads(payload)
             problem = self._problem or _unknown(request)
@@ -167,29 +273,102 @@ class Zygote:
             else:
                 self._fork(env, id, request, message)
 
+    def _forward(self, child: Child, packets: Iterable[Packet]) -> None:
+        child.waiting.extend(packets)
+        if not child.send() and child.requests not in self._by_requests:
+            self._by_requests[child.requests] = child
+            self._poll.register(child.requests, select.POLLOUT)
+
     def _fork(self, number: int, id: int, request: dict[str, Any], message: bytes) -> None:
-        theirs, ours = os.pipe2(os.O_CLOEXEC)
-        stderr, their_stderr = os.pipe2(os.O_CLOEXEC)
-        try:
-            pid = os.fork()
-        except OSError as error:
-            for fd in (theirs, ours, stderr, their_stderr):
-                os.close(fd)
-            answer(number, frames.ERROR, id, failure(error, "refused"))
-            return
+        with contextlib.ExitStack() as undo:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                undo.callback(ours.close)
+                undo.callback(theirs.close)
+                stderr, their_stderr = os.pipe2(os.O_CLOEXEC)
+                undo.callback(os.close, stderr)
+                undo.callback(os.close, their_stderr)
+                pid = os.fork()
+            except OSError as error:
+                answer(number, frames.ERROR, id, failure(error, "refused"))
+                return
+            undo.pop_all()
         if pid == 0:
-            self._become(number, request["pipe"], message, theirs, their_stderr)  # never returns
+            ours.close()
+            os.close(stderr)
+            self._become(number, request["pipe"], message, theirs.detach(), their_stderr)  # never returns
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # parent and child both call it, because their order is undefined
-        os.close(theirs)
+        theirs.close()
         os.close(their_stderr)
-        os.set_blocking(ours, False)
+        ours.setblocking(False)
         os.set_blocking(stderr, False)
-        child = Child(number, request, pid, ours, stderr)
-        self._children[number] = self._by_stderr[stderr] = child
-        self._poll.register(stderr, select.POLLIN)
+        self._add(Child(number, request, pid, ours, stderr))
 
-    def _become(self, number: int, pipe: int | None, message: bytes, requests: int, stderr: int) -> NoReturn:
+    def _add(self, child: Child) -> None:
+        self._children[child.number] = self._by_stderr[child.stderr] = self._by_pid[child.pid] = child
+        self._poll.register(child.stderr, select.POLLIN)
+
+    # ---- forks of environments ----
+
+    def _ask_to_fork(self, asked: dict[str, Any]) -> None:
+        """Send an environment the descriptors of its children to be."""
+        number: int = asked["env"]
+        parent = self._children.get(number)
+        packets = []
+        for spec in asked["children"]:
+            if parent is None:
+                answer(spec["number"], frames.ERROR, spec["id"], _unforked(number))
+                continue
+            try:
+                pending = Pending(number, spec)
+            except OSError as error:
+                answer(spec["number"], frames.ERROR, spec["id"], failure(error, "refused"))
+                continue
+            self._pending[pending.number] = self._by_socket[pending.socket.fileno()] = pending
+            self._poll.register(pending.socket, select.POLLIN)
+            packets.append(pending.packet)
+        if parent is not None and packets:
+            payload = json.dumps({"count": len(packets), "reseed": asked["reseed"]}).encode()
+            message = HEAD.pack(len(payload), FORK, PLAIN, number, 0, NO_INDEX) + payload
+            self._forward(parent, [*map(Packet, pieces(0, message)), *packets])
+
+    def _hear(self, pending: Pending) -> None:
+        """Read the report of a forked child, if there is one, and respond to the rocklet."""
+        heard = pending.heard()
+        if heard is None:
+            return
+        pid, report = heard
+        self._release(pending)
+        if not report and (pid in self._by_pid or pid in (1, os.getpid())):
+            report = {"type": "ValueError", "message": f"process {pid} is no fork"}  # it sent a report of its own
+        if pid and not report:
+            self._add(Child(pending.number, pending.spec, pid, pending.socket, pending.stderr))
+            answer(pending.number, OK, pending.id, pending.number)
+            return
+        pending.close()
+        if not pid:
+            report = _unforked(pending.parent, pending.parent in self._children)
+        elif report.get("kind") not in ("refused", "unforkable"):
+            report["kind"] = "unforkable"
+        answer(pending.number, frames.ERROR, pending.id, report)
+
+    def _release(self, pending: Pending) -> None:
+        self._poll.unregister(pending.socket)
+        del self._pending[pending.number], self._by_socket[pending.socket.fileno()]
+
+    def _abandon(self, number: int) -> bool:
+        """Do not serve a child that has not reported: it ends when it does. False when there is none."""
+        pending = self._pending.get(number)
+        if pending is None:
+            return False
+        self._release(pending)
+        pending.close()
+        return True
+
+    # ---- processes ----
+
+    def _become(self, number: int, pipe: int | None, message: bytes, control: int, stderr: int) -> NoReturn:
         """In the child: close the zygote's descriptors, and serve an environment."""
         status = 1
         try:
@@ -199,16 +378,19 @@ class Zygote:
                 os.setpgid(0, 0)
             os.dup2(stderr, 1)  # output of an environment must not corrupt the protocol
             os.dup2(stderr, 2)
+            os.close(stderr)
             for child in self._children.values():
-                os.close(child.requests)
-                os.close(child.stderr)
+                child.close()
+            for pending in self._pending.values():
+                pending.close()
             own = None if pipe is None else pipe + OWN
             for fd in (REQUESTS, self._wake, self._wake_end, *PIPES, *(p + OWN for p in PIPES)):
                 if fd not in (pipe, own):
                     os.close(fd)
-            _die_with_parent()
+            forking.die_with_parent()
             memory = None if pipe is None else _part(pipe)
-            EnvironmentWorker(number, requests if pipe is None else pipe, own, ANSWERS, memory).run(message)
+            requests = control if pipe is None else pipe
+            EnvironmentWorker(number, control, requests, own, ANSWERS, memory).run(message)
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -219,7 +401,6 @@ class Zygote:
             os._exit(status)
 
     def _reap(self) -> None:
-        by_pid = {child.pid: child for child in self._children.values()}
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -227,7 +408,9 @@ class Zygote:
                 return
             if found is None:
                 return
-            child = by_pid.get(found.si_pid)
+            for pending in list(self._pending.values()):
+                self._hear(pending)  # it may be one of these, whose report is older than its end
+            child = self._by_pid.get(found.si_pid)
             if child is not None:
                 _kill(child)  # kill its remaining children, before its pid can be reused
             _, status = os.waitpid(found.si_pid, 0)
@@ -235,15 +418,14 @@ class Zygote:
                 self._ended(child, status)
 
     def _ended(self, child: Child, status: int) -> None:
-        del self._children[child.number]
+        del self._children[child.number], self._by_pid[child.pid]
         for known, fd in ((self._by_stderr, child.stderr), (self._by_requests, child.requests)):
             if known.pop(fd, None):
                 self._poll.unregister(fd)
         with contextlib.suppress(BlockingIOError):
             while data := os.read(child.stderr, _READ):
                 child.tail = (child.tail + data)[-_STDERR_KEPT:]
-        os.close(child.stderr)
-        os.close(child.requests)
+        child.close()
         if child.pipe is not None:
             _drain(child.pipe)
             _forget(child.pipe)
@@ -260,15 +442,14 @@ def _kill(child: Child) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process with its parent: a pipe of its own does not close with the zygote."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _offset(pipe: int) -> int:
+    return (pipe - PIPES.start) * frames.PART
 
 
 def _part(pipe: int) -> mmap.mmap | None:
     """The part of the memory that belongs to an environment's pipe; None without shared memory."""
     try:
-        return mmap.mmap(MEMORY, frames.PART, offset=(pipe - PIPES.start) * frames.PART)
+        return mmap.mmap(MEMORY, frames.PART, offset=_offset(pipe))
     except (OSError, ValueError):
         return None
 
@@ -288,6 +469,12 @@ def _drain(fd: int) -> None:
     while any(events & select.POLLIN for _, events in poll.poll(0)):
         if not os.read(fd, _READ):
             return
+
+
+def _unforked(number: int, lives: bool = False) -> dict[str, Any]:
+    """The error for a child that did not report."""
+    why = f"a fork of environment {number} ended before it served" if lives else f"there is no environment {number}"
+    return {"kind": "unforked", "type": "", "message": why, "traceback": ""}
 
 
 def _unknown(request: dict[str, Any]) -> dict[str, Any] | None:

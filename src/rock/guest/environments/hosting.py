@@ -35,6 +35,10 @@ class Hosted(Protocol):
 
     def call(self, what: str, arguments: list[Any]) -> Any: ...
 
+    def layers(self) -> list[Any]:
+        """The environment and what it wraps, the outermost first; of a vector, those of each member too."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -81,6 +85,20 @@ class _Base:
         if type(index) is not int or not 0 <= index < count:
             raise IndexError(f"env_index={index!r} is out of range: there are {count} environments")
         return frame[index] if self.vector and frame is not None else frame
+
+    def layers(self) -> list[Any]:
+        found: list[Any] = []
+        waiting = [self.env]
+        while waiting:
+            layer = waiting.pop(0)
+            if any(layer is known for known in found):
+                continue
+            found.append(layer)
+            held = getattr(layer, "__dict__", {})
+            members = held.get("envs")
+            waiting += [held["env"]] if "env" in held else []
+            waiting += members if isinstance(members, list | tuple) else []
+        return found
 
     def close(self) -> None:
         if hasattr(self.env, "close"):

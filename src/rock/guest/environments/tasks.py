@@ -80,6 +80,7 @@ class Task:
     """
 
     SPLITS: ClassVar[tuple[str, ...]] = ("train",)
+    fork_safe: ClassVar[bool] = False  # a copy by os.fork is correct, whatever the process holds: see forking.py
 
     def __init__(self, task_id: str, params: dict[str, Any]) -> None:
         self.task_id = task_id
@@ -213,6 +214,9 @@ class TaskHost:
         if split not in self._adapter.SPLITS:
             raise BadParams(f"there is no split {split!r}: {', '.join(self._adapter.SPLITS)}")
         return self._adapter.tasks(split, params)
+
+    def layers(self) -> list[Any]:
+        return [] if self._task is None else [self._task]
 
     def close(self) -> None:
         if self._task is not None:

@@ -8,6 +8,7 @@ index is not the next one of its episode is rejected.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -19,8 +20,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from rock.guest.environments import frames, values
-from rock.guest.environments.frames import HEAD, HELLO, IN_MEMORY, MAKE, NO_INDEX, OK, PLAIN, RESET, STEP
+from rock.guest.environments import forking, frames, values
+from rock.guest.environments.frames import FORK, HEAD, HELLO, IN_MEMORY, MAKE, NO_INDEX, OK, PLAIN, RESET, STEP
 from rock.guest.environments.hosting import BadSource, Hosted, host
 from rock.guest.environments.tasks import TaskError
 from rock.guest.environments.values import Unsendable
@@ -61,21 +62,22 @@ def write(fd: int, parts: list[Any]) -> None:
 class EnvironmentWorker:
     """An environment and its pipes.
 
-    own: its private response pipe, or None; shared: the common one. memory: the memory for large responses, if any.
+    control: a socket from the zygote; requests: the pipe of its requests, or the same socket. own: its private response
+    pipe, or None; shared: the common one. memory: the memory for large responses, if any.
     """
 
     def __init__(
-        self, number: int, requests: int, own: int | None, shared: int, memory: mmap.mmap | None = None
+        self, number: int, control: int, requests: int, own: int | None, shared: int, memory: mmap.mmap | None = None
     ) -> None:
         self._number = number
+        self._control = control
         self._requests = requests
         self._own = own
         self._shared = shared
         self._memory = memory
         self._env: Hosted | None = None
         self._closed = False
-        self._poll = select.poll()
-        self._poll.register(requests, select.POLLIN)
+        self._listen()
         self._processors = os.sched_getaffinity(0)
         self._skip = 0 if len(self._processors) > 1 else sys.maxsize
         self._in_vain = 0  # consecutive unsuccessful waits
@@ -86,32 +88,44 @@ class EnvironmentWorker:
     def run(self, first: bytes) -> None:
         """Create the environment and serve it until it is closed."""
         self._serve(first)
-        joiner = frames.Joiner()
         while not self._closed and self._env is not None:
-            self._wait_a_moment()
-            data = os.read(self._requests, _READ)
+            source = self._wait()
+            data = os.read(source, _READ)
             if not data:
                 return  # the zygote is gone
-            for stream, message in joiner.feed(data):
+            for stream, message in self._joiners[source].feed(data):
                 if stream == self._number:  # otherwise it was for a dead environment that had this pipe before
                     self._serve(message)
+                elif stream == 0 and source == self._control:
+                    self._fork(message)
 
-    def _wait_a_moment(self) -> None:
-        """Spin briefly for the next request, because a sleeping process takes long to wake up. After an unsuccessful
-        spin, skip an increasing number of spins."""
+    def _listen(self) -> None:
+        sources = {self._requests, self._control}
+        self._joiners = {fd: frames.Joiner() for fd in sources}
+        self._poll = select.poll()
+        for fd in sources:
+            self._poll.register(fd, select.POLLIN)
+
+    def _wait(self) -> int:
+        """The descriptor with the next request. Spin briefly for it, because a sleeping process takes long to wake up.
+        After an unsuccessful spin, skip an increasing number of spins."""
         if self._skip:
             self._skip -= 1
-            return
+            return self._chosen(self._poll.poll())
         if self._in_vain:
             self._move()
         end = time.perf_counter() + _MOMENT
-        while not self._poll.poll(0):
+        while not (ready := self._poll.poll(0)):
             if time.perf_counter() > end:
                 self._skip = min(_SKIPPED << self._in_vain, _MOST_SKIPPED)
                 self._in_vain = min(self._in_vain + 1, 5)
-                return
+                return self._chosen(self._poll.poll())
             os.sched_yield()
         self._in_vain = 0
+        return self._chosen(ready)
+
+    def _chosen(self, ready: list[tuple[int, int]]) -> int:
+        return self._requests if len(ready) > 1 else ready[0][0]
 
     def _move(self) -> None:
         """Move to another CPU: a writer to a pipe wakes the reader on its own CPU, where client and environment would
@@ -190,6 +204,58 @@ class EnvironmentWorker:
 
     def _pieces(self, message: bytes) -> Iterator[bytes]:
         return frames.pieces(self._number, message)
+
+    # ---- forks ----
+
+    def _fork(self, message: bytes) -> None:
+        """Fork this process: each child goes on from here as another environment."""
+        op, _, _, _, _, payload = frames.unpack(message)
+        asked = json.loads(payload)
+        if op != FORK or (children := forking.receive(self._control, asked["count"])) is None:
+            self._closed = True  # the zygote is gone
+            return
+        own = {self._control, self._requests, self._shared, *(fd for child in children for fd in child.fds)}
+        own |= set() if self._own is None else {self._own}
+        layers = [] if self._env is None else self._env.layers()
+        try:
+            forking.check(layers, own)
+            child = forking.fork(children, lambda child, error: child.tell(failure(error, "refused")))
+        except Exception as error:
+            for one in children:
+                one.tell(failure(error, "unforkable"))
+            child = None
+        if child is not None:
+            self._become(child, own)
+            self._begin_as(child, layers if asked["reseed"] else None, own)
+            return
+        for one in children:
+            one.close()
+
+    def _become(self, child: forking.ChildPipes, own: set[int]) -> None:
+        """In a child: release what belongs to the parent, and serve the child's pipes."""
+        self._number = child.number
+        for fd in own - {self._shared, *child.fds}:
+            with contextlib.suppress(OSError):  # of another child, and closed already
+                os.close(fd)
+        os.close(child.stderr)  # a copy is the standard error
+        self._control, self._requests, self._own = child.control, child.requests, child.answers
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = child.part()
+        self._last = None
+        self._listen()
+
+    def _begin_as(self, child: forking.ChildPipes, reseeded: list[Any] | None, own: set[int]) -> None:
+        try:
+            forking.reopen({self._control, self._requests, self._shared, *child.fds})
+            if reseeded is not None:
+                forking.reseed(reseeded)
+        except Exception as error:
+            child.tell(failure(error, "unforkable"))
+            self._closed = True
+            return
+        child.tell({})
+        forking.wait_for_adoption(child)
 
     # ---- operations ----
 

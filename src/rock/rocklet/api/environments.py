@@ -12,7 +12,20 @@ from rock.errors import InvalidConfig, NotFound, RockError
 from rock.guest.environments import frames
 from rock.guest.environments.frames import HEAD, PLAIN, Frame
 from rock.http.asgi import Answer, Request, Router, answer
-from rock.protocol.env import LEASED, NAMED, OWNER_PATTERN, CallEnv, EnvInfo, EnvOwner, MakeEnv, ResetEnv, StepEnv
+from rock.protocol.env import (
+    LEASED,
+    NAMED,
+    OWNER_PATTERN,
+    CallEnv,
+    EnvInfo,
+    EnvOwner,
+    ForkedEnv,
+    ForkedEnvs,
+    ForkEnv,
+    MakeEnv,
+    ResetEnv,
+    StepEnv,
+)
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
 from rock.rocklet.api.frames import FRAMES
 from rock.rocklet.durability.idempotency import IdempotentCalls
@@ -73,6 +86,34 @@ class EnvApi:
             return answer(made, 201)
 
         return await self.once.do(request, work())
+
+    async def fork_env(self, request: Request) -> Answer:
+        spec = await request.model(ForkEnv)
+        if spec.names is not None and len(spec.names) != spec.count:
+            raise InvalidConfig(f"{len(spec.names)} names for {spec.count} children", hint="give one for each, or none")
+
+        async def work() -> Answer:
+            sandbox, host, number = await self._find(request)
+            with sandbox.active():
+                made = await host.fork(number, spec.count, reseed=spec.reseed, names=spec.names, idle=spec.idle,
+                                       owner=spec.owner)  # fmt: skip
+            failures = [child for child in made if isinstance(child, RockError)]
+            if len(failures) == len(made):
+                raise failures[0]
+            items = [self._forked(host, sandbox.id, child, spec) for child in made]
+            return answer(ForkedEnvs(items=items), 201)
+
+        return await self.once.do(request, work())
+
+    def _forked(self, host: EnvHost, sandbox_id: str, child: int | RockError, spec: ForkEnv) -> ForkedEnv:
+        if isinstance(child, RockError):
+            return ForkedEnv(env=0, sandbox_id=sandbox_id, error=child.to_wire())
+        made = ForkedEnv(env=child, env_id=host.environments().get(child, ""), sandbox_id=sandbox_id)
+        if spec.owner is not None:
+            made.lease = host.lease
+        if spec.idle is None:  # as in make_env
+            made.door = self.node.local_socket.way(host, child)
+        return made
 
     async def reset_env(self, request: Request) -> Answer:
         spec = await request.model(ResetEnv)
@@ -169,6 +210,6 @@ def _framed(asked: Frame, found: Answered) -> bytes:
 
 def add_routes(router: Router, node: Node, once: IdempotentCalls) -> None:
     api = EnvApi(node, once)
-    for name in ("make_env", "reset_env", "step_env", "call_env", "env_frames", "renew_envs", "release_envs",
-                 "close_env"):  # fmt: skip
+    for name in ("make_env", "reset_env", "step_env", "call_env", "fork_env", "env_frames", "renew_envs",
+                 "release_envs", "close_env"):  # fmt: skip
         router.add(ROUTES[name], getattr(api, name))

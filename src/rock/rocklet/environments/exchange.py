@@ -26,7 +26,7 @@ from rock.errors import (
     SandboxError,
 )
 from rock.guest.environments import frames, host
-from rock.guest.environments.frames import ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN
+from rock.guest.environments.frames import ENDED, ERROR, FORK, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN
 from rock.protocol.env import error_of
 from rock.rocklet.environments.pipes import HostPipes
 from rock.rocklet.environments.registry import Answered, Batch, Call, Hosted, LentPipes, Names, Owners
@@ -114,32 +114,58 @@ class Exchange:
     ) -> None:
         """Write a request; the batch receives its response. Raises errors that are known without a request."""
         pipe = None
-        hosted = self.envs.get(number) if number else None
-        if number:
-            if hosted is None or hosted.closed:
-                raise NotFound(
-                    f"there is no environment {number} in sandbox {self.sandbox_id}",
-                    sandbox_id=self.sandbox_id,
-                    hint=self.names.why_gone(number),
-                )
-            if hosted.ended is not None:
-                raise hosted.ended
-        if self.failed is not None or self.link is None:
-            raise self.failed or Lost("the host of environments was not started", sandbox_id=self.sandbox_id)
-        self._next_id += 1
-        id = self._next_id
-        self._calls[id] = Call(batch, place, number, op, asker)
+        hosted = self.usable(number) if number else None
+        link = self._connected()
+        id = self._begin(Call(batch, place, number, op, asker), hosted)
         if hosted is not None:
             pipe = None if op == MAKE else hosted.pipe
+        stream = 0 if op == MAKE else number
+        message = HEAD.pack(len(payload), op, flags, number, id, index) + payload
+        link.egress[pipe or host.REQUESTS].send(stream, message)
+
+    def usable(self, number: int) -> Hosted:
+        """An environment that has not ended; raises NotFound, or the error of its end."""
+        hosted = self.envs.get(number)
+        if hosted is None or hosted.closed:
+            raise NotFound(
+                f"there is no environment {number} in sandbox {self.sandbox_id}",
+                sandbox_id=self.sandbox_id,
+                hint=self.names.why_gone(number),
+            )
+        if hosted.ended is not None:
+            raise hosted.ended
+        return hosted
+
+    def _connected(self) -> HostPipes:
+        if self.failed is not None or self.link is None:
+            raise self.failed or Lost("the host of environments was not started", sandbox_id=self.sandbox_id)
+        return self.link
+
+    def _begin(self, call: Call, hosted: Hosted | None) -> int:
+        """Register a request and start its timer; returns its id."""
+        self._next_id += 1
+        self._calls[self._next_id] = call
+        if hosted is not None:
             loop = asyncio.get_running_loop()
             if not hosted.asked:
                 hosted.since = loop.time()
-            hosted.asked.append(id)
+            hosted.asked.append(self._next_id)
             if hosted.timer is None:
-                hosted.timer = loop.call_at(hosted.since + self.limit(hosted), self._overdue, number)
-        stream = 0 if op == MAKE else number
-        message = HEAD.pack(len(payload), op, flags, number, id, index) + payload
-        self.link.egress[pipe or host.REQUESTS].send(stream, message)
+                hosted.timer = loop.call_at(hosted.since + self.limit(hosted), self._overdue, call.number)
+        return self._next_id
+
+    def fork(self, number: int, children: dict[int, dict[str, Any]], reseed: bool) -> Batch:
+        """Fork an environment. children: the fields of MAKE by the numbers of the children, which are in `envs`.
+        The batch receives a response for each. It is one request, so all children continue from the same step."""
+        link = self._connected()
+        batch = Batch(len(children))
+        asked = []
+        for place, (child, spec) in enumerate(children.items()):
+            id = self._begin(Call(batch, place, child, FORK, 0), self.envs[child])
+            asked.append({**spec, "number": child, "id": id})
+        payload = json.dumps({"env": number, "reseed": reseed, "children": asked}).encode()
+        link.egress[host.REQUESTS].send(0, framed(FORK, number, 0, NO_INDEX, payload))
+        return batch
 
     def limit(self, hosted: Hosted) -> float:
         """Timeout of one request in seconds."""

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rock.errors import ImageError, InvalidConfig, Lost, NotFound, RockError, SandboxError
+from rock.errors import Conflict, ImageError, InvalidConfig, Lost, NotFound, RockError, SandboxError, Unsupported
 from rock.guest.environments.frames import CALL, CLOSE, HELLO, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
 from rock.guest.environments.host import PIPES
 from rock.images.packages import CURRENT
@@ -54,6 +54,7 @@ class EnvHost:
         self.lease = lease
         self._exchange = Exchange(handle.id, timeout, lease)
         self._next_env = 1
+        self._forks = False
         self.pipe_lending = PipeLending(self._exchange)
 
     # ---- start and end ----
@@ -106,6 +107,7 @@ class EnvHost:
         except BaseException:
             await self.close()
             raise
+        self._forks = answers.get("forks") is True
         for number, (env_id, pipe, *known) in answers["there"].items():
             hosted = self._exchange.envs[int(number)] = Hosted(env_id, pipe)
             if known:  # a host of an older release sends no names
@@ -161,6 +163,64 @@ class EnvHost:
             hosted.timer = None
         self._exchange.names.watch(number, hosted, more.get("idle"))
         self._exchange.owners.add(number, more.get("owner"))
+        return number
+
+    async def fork(
+        self,
+        number: int,
+        count: int = 1,
+        *,
+        reseed: bool = False,
+        names: Sequence[str] | None = None,
+        idle: float | None = None,
+        owner: str | None = None,
+    ) -> list[int | RockError]:
+        """Copy an environment's process `count` times, between two of its requests; returns the number of each child,
+        or the error in its place. Children are independent of their parent, and have its timeout.
+
+        reseed: draw new seeds in each child. names, idle, owner: of the children, as for `make`. Unsupported: a fork
+        would not continue as its parent; Conflict: a name is in use.
+        """
+        parent = self._exchange.usable(number)
+        if not self._forks:
+            raise Unsupported("the process that hosts the environments cannot fork them", sandbox_id=self._handle.id,
+                              hint="gVisor has no child subreaper, which a fork needs; with another runtime, the "
+                                   "process is of an older release: make the environment again in a new sandbox")  # fmt: skip
+        numbers = range(self._next_env, self._next_env + count)
+        named: dict[int, str | None] = dict(zip(numbers, names, strict=True)) if names else dict.fromkeys(numbers)
+        self._next_env += count
+        try:
+            for child, name in named.items():
+                self._exchange.names.add(child, name)
+        except Conflict:
+            for child in named:
+                self._exchange.names.drop(child)
+            raise
+        children: dict[int, dict[str, Any]] = {}
+        for child, name in named.items():
+            free = self._exchange.free
+            hosted = self._exchange.envs[child] = Hosted(parent.env_id, free.pop() if free else None)
+            hosted.timeout = parent.timeout
+            children[child] = {"env_id": parent.env_id, "pipe": hosted.pipe, "name": name, "idle": idle, "owner": owner}
+        try:
+            answers = await self._exchange.fork(number, children, reseed).future
+        except BaseException:
+            for child in children:
+                self._exchange.forget(child)
+            raise
+        return [self._forked(child, answered, idle, owner) for child, answered in zip(children, answers, strict=True)]
+
+    def _forked(self, number: int, answered: Answered, idle: float | None, owner: str | None) -> int | RockError:
+        hosted = self._exchange.envs.get(number)
+        if isinstance(answered, RockError) or hosted is None:
+            self._exchange.forget(number)
+            return answered if isinstance(answered, RockError) else NotFound(
+                f"environment {number} was closed", sandbox_id=self._handle.id, hint="fork again")
+        if hosted.timer is not None:  # that timer was for the fork
+            hosted.timer.cancel()
+            hosted.timer = None
+        self._exchange.names.watch(number, hosted, idle)
+        self._exchange.owners.add(number, owner)
         return number
 
     async def reset(
