@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from rock.cli.bench import gateway
+from rock.cli.bench import forks, gateway
 from rock.cli.bench.floors import bare_server
 from rock.cli.bench.measuring import (
     commands,
@@ -115,6 +115,7 @@ async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[
             Figure("memory of an idle sandbox, all in", "MB", await memory(url, pid, 5 if short else 50), "<= 2")
         )
     figures += await _gateway(short)
+    figures += await _forks(short)
     warm: list[float] = []
     again: list[float] = []
     with running_server(4) as (url, _):
@@ -126,6 +127,22 @@ async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[
     figures.append(Figure("base install, distributions", "", [float(count)], "<= 40"))
     figures.append(Figure("base install, size", "MB", [size], "<= 60"))
     return figures
+
+
+async def _forks(short: bool) -> list[Figure]:
+    """The rows of snapshots."""
+    n = 3 if short else 40
+    floor = forks.overlay_commits(n)
+    with running_server(0) as (url, _):
+        times = await forks.snapshots(url, n)
+        plain = await first_commands(url, n // 2 + 1, 0.05)
+    commit = "the commit of an overlay, bare system calls"
+    return [
+        Figure("checkpoint of a sandbox with a bash", "ms", times["checkpoint"], "<= 6", commit, floor),
+        Figure("its processes are stopped", "ms", times["pause"], "", commit, floor),
+        Figure("rollback and a command", "ms", times["rollback"], "<= 10", "create to first command", plain),
+        Figure("a child and its first command", "ms", times["child"], "<= 10", "create to first command", plain),
+    ]
 
 
 async def _gateway(short: bool) -> list[Figure]:
