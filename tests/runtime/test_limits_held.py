@@ -196,6 +196,7 @@ _SERVERS = {
     "auto_clear_seconds", "auto_archive_seconds", "auto_delete_seconds", "timeout", "startup_timeout", "egress", "env",
     "labels", "user_id", "experiment_id", "namespace", "cluster", "route_key", "pull", "registry_username",
     "registry_password", "sandbox_id", "public_registries", "reconnect_timeout", "name",
+    "snapshot", "snapshot_worker",  # refused by `Runtimes.of` for runtimes without the capability Forks
     "volumes", "mounts", "agents",  # refused by `Runtimes.of` for runtimes without the capability Mounts
 }  # fmt: skip
 

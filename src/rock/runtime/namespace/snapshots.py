@@ -249,6 +249,7 @@ class Snapshots:
         layers = self.layers(sandbox.slot)
         self._refuse(handle, layers)
         folder = self.folder(snapshot_id)
+        await self.collected()  # the remains of an earlier attempt
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
         try:
             await asyncio.to_thread(self._make, folder)
@@ -293,6 +294,8 @@ class Snapshots:
         if not self._folder.exists():
             self._folder.mkdir(mode=0o700, exist_ok=True)
             disk_layout.spread(str(self._folder))
+        if os.path.lexists(folder):  # it could not be removed before
+            remove_tree(folder)
         os.mkdir(folder, 0o700)
 
     def _refuse(self, handle: Handle, layers: Sequence[str]) -> None:
