@@ -105,6 +105,25 @@ def test_a_fork_of_a_fork_and_of_many(small: Path, hosted: Run) -> None:
     hosted(small, body)
 
 
+def test_children_that_end_at_once(small: Path, hosted: Run) -> None:
+    """Their ends are noticed, whether the host is their parent yet or not."""
+
+    async def body(host: EnvHost, *_: Any) -> None:
+        number = await host.make(ECHO)
+        for _ in range(5):
+            children = await forked(host, number, 10)
+            kills = (host.step(child, {"do": "kill"}) for child in children)
+            ends = await asyncio.wait_for(asyncio.gather(*kills, return_exceptions=True), 20)
+            assert all(isinstance(error, EnvironmentEnded) and "SIGKILL" in error.message for error in ends), ends
+            for child in children:
+                await host.close_env(child)
+        assert set(host.environments()) == {number}
+        (child,) = await forked(host, number)
+        assert (await host.step(child, "fine"))[4] == {"count": 1}
+
+    hosted(small, body)
+
+
 def test_a_hundred_children(small: Path, hosted: Run) -> None:
     async def body(host: EnvHost, *_: Any) -> None:
         number = await host.make(ECHO)
@@ -206,7 +225,10 @@ def test_names_and_idle_timeouts(small: Path, hosted: Run) -> None:
             await host.fork(number, 2, names=["second", "first"])
         children = await forked(host, number, 2, names=["second", "third"], idle=0.5)
         assert [host.number_of(name) for name in ("second", "third")] == children
-        await asyncio.sleep(0.8)
+        for _ in range(200):
+            if set(host.environments()) == {number}:
+                break
+            await asyncio.sleep(0.05)
         assert set(host.environments()) == {number}
         with pytest.raises(NotFound, match="not found"):
             host.number_of("second")
@@ -234,7 +256,7 @@ def test_a_fork_waits_for_the_running_step(small: Path, hosted: Run) -> None:
         step = asyncio.ensure_future(host.step(number, {"do": "sleep", "seconds": 0.3}))
         await asyncio.sleep(0.05)
         (child,) = await forked(host, number)
-        assert step.done()
+        assert (await step)[4] == {"count": 1}
         assert (await host.step(child, "fine"))[4] == {"count": 2}
 
     hosted(small, body)
