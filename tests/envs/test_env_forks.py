@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -120,6 +121,44 @@ def test_children_that_end_at_once(small: Path, hosted: Run) -> None:
         assert set(host.environments()) == {number}
         (child,) = await forked(host, number)
         assert (await host.step(child, "fine"))[4] == {"count": 1}
+
+    hosted(small, body)
+
+
+def children_of(pid: int) -> set[int]:
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.add(int(status.parent.name))
+    return found
+
+
+def test_children_that_end_before_their_report_is_read(small: Path, hosted: Run) -> None:
+    async def body(host: EnvHost, *_: Any) -> None:
+        number = await host.make(ECHO)
+        place = await result_of(host, number, "where")
+        parent, zygote = place["pid"], place["parent"]
+        os.kill(parent, signal.SIGSTOP)
+        fork = asyncio.ensure_future(host.fork(number, 3))
+        await asyncio.sleep(0.2)
+        os.kill(zygote, signal.SIGSTOP)
+        os.kill(parent, signal.SIGCONT)
+        for _ in range(500):
+            if len(new := children_of(zygote) - {parent}) == 3:
+                break
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)  # they have reported, and wait for nothing any more
+        for pid in new:
+            os.kill(pid, signal.SIGKILL)
+        os.kill(zygote, signal.SIGCONT)
+        children = await asyncio.wait_for(fork, 20)
+        for child in children:
+            assert isinstance(child, int), children
+            with pytest.raises(EnvironmentEnded, match="SIGKILL"):
+                await asyncio.wait_for(host.step(child, "fine"), 20)
+        assert set(host.environments()) == {number}
+        assert (await host.step(number, "fine"))[4] == {"count": 2}
 
     hosted(small, body)
 
