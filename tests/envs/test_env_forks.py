@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -101,6 +102,63 @@ def test_a_fork_of_a_fork_and_of_many(small: Path, hosted: Run) -> None:
         assert set(host.environments()) == {number}
         again = await forked(host, number, len(PIPES))
         assert (await result_of(host, again[-1], "where"))["parent"] == places[0]["parent"]
+
+    hosted(small, body)
+
+
+def test_children_that_end_at_once(small: Path, hosted: Run) -> None:
+    """Their ends are noticed, whether the host is their parent yet or not."""
+
+    async def body(host: EnvHost, *_: Any) -> None:
+        number = await host.make(ECHO)
+        for _ in range(5):
+            children = await forked(host, number, 10)
+            kills = (host.step(child, {"do": "kill"}) for child in children)
+            ends = await asyncio.wait_for(asyncio.gather(*kills, return_exceptions=True), 20)
+            assert all(isinstance(error, EnvironmentEnded) and "SIGKILL" in error.message for error in ends), ends
+            for child in children:
+                await host.close_env(child)
+        assert set(host.environments()) == {number}
+        (child,) = await forked(host, number)
+        assert (await host.step(child, "fine"))[4] == {"count": 1}
+
+    hosted(small, body)
+
+
+def children_of(pid: int) -> set[int]:
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.add(int(status.parent.name))
+    return found
+
+
+def test_children_that_end_before_their_report_is_read(small: Path, hosted: Run) -> None:
+    async def body(host: EnvHost, *_: Any) -> None:
+        number = await host.make(ECHO)
+        place = await result_of(host, number, "where")
+        parent, zygote = place["pid"], place["parent"]
+        os.kill(parent, signal.SIGSTOP)
+        fork = asyncio.ensure_future(host.fork(number, 3))
+        await asyncio.sleep(0.2)
+        os.kill(zygote, signal.SIGSTOP)
+        os.kill(parent, signal.SIGCONT)
+        for _ in range(500):
+            if len(new := children_of(zygote) - {parent}) == 3:
+                break
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)  # they have reported, and wait for nothing any more
+        for pid in new:
+            os.kill(pid, signal.SIGKILL)
+        os.kill(zygote, signal.SIGCONT)
+        children = await asyncio.wait_for(fork, 20)
+        for child in children:
+            assert isinstance(child, int), children
+            with pytest.raises(EnvironmentEnded, match="SIGKILL"):
+                await asyncio.wait_for(host.step(child, "fine"), 20)
+        assert set(host.environments()) == {number}
+        assert (await host.step(number, "fine"))[4] == {"count": 2}
 
     hosted(small, body)
 
@@ -206,7 +264,10 @@ def test_names_and_idle_timeouts(small: Path, hosted: Run) -> None:
             await host.fork(number, 2, names=["second", "first"])
         children = await forked(host, number, 2, names=["second", "third"], idle=0.5)
         assert [host.number_of(name) for name in ("second", "third")] == children
-        await asyncio.sleep(0.8)
+        for _ in range(200):
+            if set(host.environments()) == {number}:
+                break
+            await asyncio.sleep(0.05)
         assert set(host.environments()) == {number}
         with pytest.raises(NotFound, match="not found"):
             host.number_of("second")
@@ -234,7 +295,7 @@ def test_a_fork_waits_for_the_running_step(small: Path, hosted: Run) -> None:
         step = asyncio.ensure_future(host.step(number, {"do": "sleep", "seconds": 0.3}))
         await asyncio.sleep(0.05)
         (child,) = await forked(host, number)
-        assert step.done()
+        assert (await step)[4] == {"count": 1}
         assert (await host.step(child, "fine"))[4] == {"count": 2}
 
     hosted(small, body)

@@ -185,7 +185,7 @@ class EnvHost:
         if not self._forks:
             raise Unsupported("the process that hosts the environments cannot fork them", sandbox_id=self._handle.id,
                               hint="gVisor has no child subreaper, which a fork needs; with another runtime, the "
-                                   "process is older: make the environment again in a new sandbox")  # fmt: skip
+                                   "process is of an older release: use a new sandbox")  # fmt: skip
         numbers = range(self._next_env, self._next_env + count)
         named: dict[int, str | None] = dict(zip(numbers, names, strict=True)) if names else dict.fromkeys(numbers)
         self._next_env += count
