@@ -83,7 +83,8 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
     """What a row answers of a sandbox."""
     path = row.path.format(sandbox_id=sandbox_id, box=sandbox_id, session="default", process_id="1", port="8000",
                            rest="x", env="1", owner="x" * 16, key_id="x", worker="x", group_id=sandbox_id,
-                           volume=sandbox_id, upstream="x", run="x", job_id="0" * 16, number="1")  # fmt: skip
+                           volume=sandbox_id, upstream="x", run="x", snapshot="x", job_id="0" * 16,
+                           number="1")  # fmt: skip
     named = f"{sandbox_id}/1/game:Sokoban-v0-easy" if row.path.startswith(GEM) else sandbox_id
     body: dict[str, Any] = {
         "sandbox_id": named, "sandbox_ids": [sandbox_id], "command": "touch /tmp/was-here", "path": "/tmp/was-here",
@@ -92,7 +93,10 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
         "name": "was-here",
     }  # fmt: skip
     if "/apis/" not in row.path and "/env/" not in row.path:
+        last = row.path.rpartition("/")[2]
+        body["wait"], body["snapshot"] = 1, "x"
         name = "image_tag" if "commit" in row.path else "name" if row.method == "PATCH" else "command"
+        name = {"checkpoint": "wait", "fork": "wait", "rollback": "snapshot"}.get(last, name)
         body = {name: body[name]}
     query = "?path=/tmp/was-here"
     if row.method == "GET":
@@ -120,6 +124,8 @@ def victim(guarded: RunningServer, keys: dict[str, str]) -> Iterator[Sandbox]:
         client.create_volume(str(sandbox.sandbox_id))
         yield sandbox
         client.delete_volume(str(sandbox.sandbox_id))
+        for one in client.list_snapshots():
+            client.delete_snapshot(one.snapshot_id)
 
 
 def all_rows(server: RunningServer) -> list[Row]:

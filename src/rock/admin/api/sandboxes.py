@@ -13,13 +13,14 @@ from rock.protocol.action import GroupRequest
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.protocol.sandbox import CommitRequest, State, UpdateSandbox
+from rock.protocol.snapshots import CheckpointRequest, ForkRequest, RollbackRequest
 from rock.store.base import Query
 
 _LONGEST_WAIT = 3600.0  # seconds
 _MOST_LISTED = 2000
 _EQUAL = ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause", "name")
 NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "update_sandbox", "stop_sandbox",
-         "pause_sandbox", "resume_sandbox",
+         "pause_sandbox", "resume_sandbox", "checkpoint_sandbox", "rollback_sandbox", "fork_sandbox",
          "restart_sandbox", "archive_sandbox", "commit_sandbox", "get_commit", "open_env", "create_group",
          "get_group", "stop_group")  # fmt: skip
 
@@ -77,6 +78,20 @@ class Sandboxes:
 
     async def resume_sandbox(self, request: Request) -> Answer:
         return answer_model(await self._tenant_service(request).resume(request.path["sandbox_id"]))
+
+    async def checkpoint_sandbox(self, request: Request) -> Answer:
+        spec = await request.model(CheckpointRequest)
+        made = await self._tenant_service(request).checkpoint(request.path["sandbox_id"], spec, _key(request))
+        return answer_model(made, 201)
+
+    async def rollback_sandbox(self, request: Request) -> Answer:
+        spec = await request.model(RollbackRequest)
+        return answer_model(await self._tenant_service(request).rollback(request.path["sandbox_id"], spec.snapshot))
+
+    async def fork_sandbox(self, request: Request) -> Answer:
+        spec = await request.model(ForkRequest)
+        made = await self._tenant_service(request).fork(request.path["sandbox_id"], spec, _key(request))
+        return answer_model(made, 201)
 
     async def restart_sandbox(self, request: Request) -> Answer:
         return answer_model(

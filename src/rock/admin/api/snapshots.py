@@ -1,4 +1,4 @@
-"""Routes of snapshots: checkpoint, rollback, fork, and the snapshots of a tenant."""
+"""Routes of the snapshots of a tenant; those of a sandbox are in sandboxes.py."""
 
 from __future__ import annotations
 
@@ -9,47 +9,20 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 
 from rock.admin.tenants import TenantServices
-from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.protocol.sandbox import SandboxInfo
-from rock.protocol.snapshots import (
-    CheckpointRequest,
-    ForkRequest,
-    ForkResult,
-    RollbackRequest,
-    SnapshotInfo,
-    SnapshotList,
-)
+from rock.protocol.routes import ROUTES
+from rock.protocol.snapshots import SnapshotInfo, SnapshotList
 
 
-def _row(name: str, model: type[BaseModel], status: int = 200) -> dict[str, Any]:
+def _row(name: str, model: type[BaseModel]) -> dict[str, Any]:
     row = ROUTES[name]
-    return {"path": row.path, "summary": row.summary, "response_model": model, "tags": ["snapshots"],
-            "status_code": status}  # fmt: skip
+    return {"path": row.path, "summary": row.summary, "response_model": model, "tags": ["snapshots"]}
 
 
-def _json(model: BaseModel, status: int = 200) -> Response:
-    return Response(orjson.dumps(model.model_dump(mode="json")), status, media_type="application/json")
+def _json(model: BaseModel) -> Response:
+    return Response(orjson.dumps(model.model_dump(mode="json")), media_type="application/json")
 
 
 def add_routes(app: FastAPI, tenant_services: TenantServices) -> None:
-    @app.post(**_row("checkpoint_sandbox", SnapshotInfo, 201))
-    async def checkpoint_sandbox(request: Request, sandbox_id: str, body: CheckpointRequest) -> Response:
-        """Take a snapshot of a running sandbox; the same idempotency key returns the same snapshot. `left_out` lists
-        what is not in it."""
-        key = request.headers.get(IDEMPOTENCY_KEY)
-        return _json(await tenant_services(request.scope).checkpoint(sandbox_id, body, key), 201)
-
-    @app.post(**_row("rollback_sandbox", SandboxInfo))
-    async def rollback_sandbox(request: Request, sandbox_id: str, body: RollbackRequest) -> Response:
-        """Return a running sandbox to a snapshot: its processes end, and its sessions are opened again."""
-        return _json(await tenant_services(request.scope).rollback(sandbox_id, body.snapshot))
-
-    @app.post(**_row("fork_sandbox", ForkResult, 201))
-    async def fork_sandbox(request: Request, sandbox_id: str, body: ForkRequest) -> Response:
-        """Take one snapshot and start `count` sandboxes from it; the same idempotency key returns the same group."""
-        key = request.headers.get(IDEMPOTENCY_KEY)
-        return _json(await tenant_services(request.scope).fork(sandbox_id, body, key), 201)
-
     @app.get(**_row("list_snapshots", SnapshotList))
     async def list_snapshots(request: Request, sandbox: str | None = None) -> Response:
         """Snapshots, oldest first; for the server's owner those of all tenants. `sandbox`: of which they were taken."""

@@ -132,13 +132,13 @@ def make_folders(spec: dict[str, Any]) -> None:
             os.mkdir(f"{spec['slot']}/work{index}")
             if bind.get("over"):
                 copy_owner(bind["over"][0], f"{spec['slot']}/upper{index}")
-    if spec["frozen"]:
+    if spec.get("frozen"):
         copy_owner(f"{spec['frozen']}/upper", upper)
     for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("tmp", 0o1777)):
         if not any(os.path.isdir(f"{layer}/{name}") for layer in reversed(spec["layers"])):
             os.mkdir(f"{upper}/{name}")
             os.chmod(f"{upper}/{name}", mode)
-    if spec["frozen"] and not _make_identity(spec, upper):
+    if spec.get("frozen") and not _make_identity(spec, upper):
         return
     if spec["etc"]:
         os.makedirs(f"{upper}/etc", 0o755, exist_ok=True)
