@@ -165,6 +165,8 @@ REFUSED = {
     "mapping": (_program("import mmap; f=open('/work/m','w+b'); f.truncate(4096); m=mmap.mmap(f.fileno(),4096); "
                          "f.close()"), "shared writable mapping"),
     "socket": (_program("import socket; s=socket.socket(1); s.bind('/work/s'); s.listen()"), "unix socket is bound"),
+    "many": (_program("import resource as r; r.setrlimit(7, (3000, r.getrlimit(7)[1])); "
+                      "x=[open('/work/x%d' % n, 'w') for n in range(2100)]"), "files are open|too many open files"),
     "inotify": (_program("import ctypes; ctypes.CDLL(None).inotify_init()"), "inotify"),
     "shared": ("exec 7<>both; (sleep 99) & ", "shares the open file"),
 }

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ _O_PATH = os.O_PATH
 _DROPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW
 _APPEND_ONLY = os.O_WRONLY | os.O_APPEND
 _DELETED = " (deleted)"
-_MOST_FILES = 20_000
 _KCMP, _KCMP_FILE = 312, 0
 _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/dev/", "/i915", "anon_inode:")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -102,9 +102,13 @@ def filters(pids: Sequence[int]) -> dict[int, str]:
     return found
 
 
-def look(pid: int, first: int, replaced: Mapping[int, str], namespace: str) -> Found:
+class TooLong(Exception):
+    """The processes have more open files than can be examined in time."""
+
+
+def look(pid: int, first: int, replaced: Mapping[int, str], namespace: str, end: float) -> Found:
     """Look at a stopped process. first: pid 1 of the sandbox. replaced: targets of the replaced mounts, by number.
-    namespace: the mount namespace that each process has."""
+    namespace: the mount namespace that each process has. TooLong after `end`, a time of the monotonic clock."""
     problems: list[str] = []
     folder, files, sockets = "", list[OpenFile](), list[str]()
     name = _Name(pid)
@@ -114,7 +118,7 @@ def look(pid: int, first: int, replaced: Mapping[int, str], namespace: str) -> F
         if os.readlink(f"/proc/{pid}/root") != "/":
             problems.append(f"{name} has another root directory")
         folder = _folder(pid, name, replaced, problems)
-        files = list(_files(pid, name, replaced, problems, sockets))
+        files = list(_files(pid, name, replaced, problems, sockets, end))
         problems += _mappings(pid, name)
         if pid == first and (folder or files):
             problems.append("an operation on files is in progress")
@@ -179,13 +183,12 @@ def _folder(pid: int, name: _Name, replaced: Mapping[int, str], problems: list[s
 
 
 def _files(pid: int, name: _Name, replaced: Mapping[int, str], problems: list[str],
-           sockets: list[str]) -> Iterator[OpenFile]:
+           sockets: list[str], end: float) -> Iterator[OpenFile]:
     seen: list[tuple[tuple[int, int], int]] = []
     numbers = sorted(int(text) for text in os.listdir(f"/proc/{pid}/fd"))
-    if len(numbers) > _MOST_FILES:
-        problems.append(f"{name} has {len(numbers)} open files")
-        return
     for number in numbers:
+        if time.monotonic() > end:
+            raise TooLong(f"{name} has too many open files")
         link = f"/proc/{pid}/fd/{number}"
         target = os.readlink(link)
         if target.startswith("socket:"):

@@ -34,6 +34,7 @@ _PAGE = 4096
 _LONGEST = 4096  # bytes of an argument in memory
 _MOST_THREADS = 4096
 _MOST_STEPS = 100
+_PATIENCE = 2.0  # seconds for one system call
 
 _offset: list[int] = []  # of the system call instruction in the vDSO: the same in each process
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -193,6 +194,19 @@ class Injection:
         _offset[:] = [at]
         return start + at
 
+    def _wait(self) -> int:
+        """The status of its next stop. A process that does not come to one is killed: it cannot be restored."""
+        end, pause = time.monotonic() + _PATIENCE, 0.0
+        while True:
+            found, status = os.waitpid(self.pid, _WALL | os.WNOHANG)
+            if found:
+                return status
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise OSError(errno.ETIMEDOUT, "a system call takes too long")
+            time.sleep(pause)
+            pause = min(pause + 0.00002, 0.001)
+
     def _set_registers(self, data: bytes) -> None:
         vector = _Vector(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p), len(data))
         _call(_SETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
@@ -218,7 +232,7 @@ class Injection:
         self._set_registers(struct.pack("=27Q", *values))
         for _ in range(_MOST_STEPS):
             _call(_SINGLESTEP, self.pid)
-            _, status = os.waitpid(self.pid, _WALL)
+            status = self._wait()
             if not os.WIFSTOPPED(status):
                 raise OSError(errno.ESRCH, "it ended meanwhile")
             after = ctypes.create_string_buffer(_REGISTERS)

@@ -21,7 +21,8 @@ from rock.runtime.namespace.launcher import furnish, kernel, mounts, process_fil
 from rock.runtime.namespace.launcher.process_files import Found
 
 JOURNAL = "switch"
-_PATIENCE = 0.25  # seconds for which processes may be stopped before the switch
+_PATIENCE = 0.25  # seconds in which all processes have to be stopped, and again in which they have to be examined
+_MOST_FILES = 2000
 _OPEN, _CLOSE, _LSEEK, _CHDIR, _DUP3, _FCNTL = 2, 3, 8, 80, 292, 72  # x86_64
 _SEEK_SET = 0
 
@@ -44,7 +45,7 @@ def switch(spec: dict[str, Any], staging: str, namespace: int, home: furnish.Hos
     try:
         _stop(stopped, spec["pid"], began + _PATIENCE)
         replaced, others = _replaced(spec)
-        found = _look(stopped.pids, spec["pid"], replaced)
+        found = _look(stopped.pids, spec["pid"], replaced, began + 2 * _PATIENCE)
         _rehearse(found)
         with _moved(spec):
             _mount(spec, staging, namespace, home, set(replaced.values()), others)
@@ -98,9 +99,14 @@ def _replaced(spec: dict[str, Any]) -> tuple[dict[int, str], list[str]]:
     return replaced, others
 
 
-def _look(pids: Sequence[int], first: int, replaced: Mapping[int, str]) -> list[Found]:
+def _look(pids: Sequence[int], first: int, replaced: Mapping[int, str], end: float) -> list[Found]:
     own = os.readlink(f"/proc/{first}/ns/mnt")
-    found = [process_files.look(pid, first, replaced, own) for pid in pids]
+    try:
+        found = [process_files.look(pid, first, replaced, own, end) for pid in pids]
+    except process_files.TooLong as error:
+        raise Refused(str(error)) from None
+    if sum(len(one.files) for one in found) > _MOST_FILES:
+        raise Refused(f"more than {_MOST_FILES} files are open")
     problems = [problem for one in found for problem in one.problems]
     problems += process_files.own_filters(process_files.filters(pids), first)
     problems += process_files.shared(found)
@@ -125,9 +131,20 @@ def _rehearse(found: Sequence[Found]) -> None:
                     process.call(_CLOSE, fd)
                 for file in one.files:
                     if file.alike < 0:
-                        process.call(_CLOSE, process.call(_OPEN, process.text(os.fsencode(file.path)), file.flags, 0))
+                        _open_again(process, file)
         except OSError as error:
             raise Refused(f"process {one.pid} cannot open its files again: {error.strerror or error}") from None
+
+
+def _open_again(process: ptrace.Injection, file: process_files.OpenFile) -> None:
+    """Open a file as the repair will, and close it. Refused if its path leads to another file, as below a mount."""
+    fd = process.call(_OPEN, process.text(os.fsencode(file.path)), file.flags | os.O_NONBLOCK, 0)
+    try:
+        found, known = (os.stat(f"/proc/{process.pid}/fd/{number}") for number in (fd, file.number))
+        if (found.st_dev, found.st_ino) != (known.st_dev, known.st_ino):
+            raise Refused(f"process {process.pid} has an open file whose path {file.path[:200]!r} leads to another one")
+    finally:
+        process.call(_CLOSE, fd)
 
 
 def _repair(one: Found) -> str:
