@@ -4,7 +4,7 @@
 #   docker build -f deploy/images/admin.Dockerfile -t rock-admin:0.1.0 build/images
 #
 # The context has all packages as wheels, so a build needs no package index. BASE: an image with Python and pip.
-ARG BASE=docker.io/library/python:3.12-slim
+ARG BASE=python:3.12-slim
 FROM ${BASE} AS build
 ARG PYTHON=python3
 COPY wheels/ /wheels/

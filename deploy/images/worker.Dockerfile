@@ -3,7 +3,7 @@
 #
 #   python tools/image_context.py build/images --python 3.12
 #   docker build -f deploy/images/worker.Dockerfile -t rock-worker:0.1.0 build/images
-ARG BASE=docker.io/library/python:3.12-slim
+ARG BASE=python:3.12-slim
 FROM ${BASE} AS build
 ARG PYTHON=python3
 COPY wheels/ /wheels/
