@@ -27,15 +27,6 @@ CHAIN, ROOTS = 40, 100
 
 
 @pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server with a key, whose sandboxes are quick to start."""
-    running = RunningServer(tmp_path_factory.mktemp("lineage-home"), ROCK_RUNTIME="fake", ROCK_API_KEY=OWNER)
-    running.start()
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server with 4,000 snapshots of a worker that is gone, and one whose text is hostile."""
     server = RunningServer(tmp_path_factory.mktemp("lineage-large"), ROCK_RUNTIME="fake", ROCK_API_KEY=OWNER)
@@ -68,7 +59,7 @@ async def _fill(path: Path) -> None:
 
 @pytest.fixture
 def box(web: RunningServer) -> Iterator[Sandbox]:
-    with Sandbox("host", memory="64m", cpus=0.1, base_url=web.url, api_key=OWNER) as made:
+    with Sandbox("host", memory="256m", cpus=1.0, base_url=web.url, api_key=OWNER) as made:
         yield made
     with Client(web.url, OWNER) as client:
         for one in reversed(client.list_snapshots()):
