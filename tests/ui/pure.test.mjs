@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { applyChanges, bytes, firstDifference, fromColumns, matchesSearch, parseMetrics, plainText, quantile, shellWord, timelineOf, windowOf } from "../../src/rock/ui/static/pure.js";
+import { lineageOf, treeKey } from "../../src/rock/ui/static/lineage.js";
 
 const NAMES = ["sandbox_id", "state", "version"];
 
@@ -109,4 +110,46 @@ test("the order of rows, memory as text, and model calls on a timeline", async (
     { run: { reward: null, reward_valid: false, ended_at: 8, reason: "lost" }, calls: [] }, { run: { ended_at: null }, calls: [] }] });
   assert.deepEqual(events.map((e) => e.title), ["created", "model call 1 of run 1: failed", "no valid reward of run 2", "reward 0, style=1 of run 1"]);
   assert.equal(events[1].text, "broken");
+});
+
+// ---- lineage ----
+
+const snap = (id, parent = null, rest = {}) => ({ snapshot_id: id, parent, name: null, sandbox_id: "box", image: "python:3.11", memory: "files", worker: "w", tenant: "", ...rest });
+const shape = (rows) => rows.map((row) => [row.snapshot.snapshot_id, row.level, row.at, row.of, row.parent]);
+
+test("snapshots become a tree; one whose parent is gone is a root", () => {
+  const items = [snap("a"), snap("b", "a"), snap("orphan", "gone"), snap("c", "b"), snap("d", "a")];
+  assert.deepEqual(shape(lineageOf(items).rows), [["a", 1, 1, 2, -1], ["b", 2, 1, 2, 0], ["c", 3, 1, 1, 1], ["d", 2, 2, 2, 0], ["orphan", 1, 2, 2, -1]]);
+  assert.deepEqual(lineageOf(items, { closed: new Set(["a"]) }).rows.map((row) => row.snapshot.snapshot_id), ["a", "orphan"]);
+  assert.deepEqual(lineageOf([snap("self", "self")]).rows.length, 1);
+});
+
+test("a search keeps the ancestors of its matches, also closed ones", () => {
+  const items = [snap("a"), snap("b", "a"), snap("c", "b", { name: "Best one" }), snap("d", "a")];
+  const found = lineageOf(items, { text: " best ", closed: new Set(["a"]) });
+  assert.deepEqual(found.rows.map((row) => row.snapshot.snapshot_id), ["a", "b", "c"]);
+  assert.equal(found.matches, 1);
+  assert.deepEqual(lineageOf(items, { text: "nothing" }), { rows: [], matches: 0 });
+});
+
+test("a chain of 10,000 snapshots needs no recursion", () => {
+  const items = Array.from({ length: 10000 }, (_, n) => snap(`s${n}`, n ? `s${n - 1}` : null));
+  const { rows } = lineageOf(items);
+  assert.equal(rows.length, 10000);
+  assert.equal(rows[9999].level, 10000);
+});
+
+test("keys move in the tree", () => {
+  const { rows } = lineageOf([snap("a"), snap("b", "a"), snap("c", "b"), snap("d", "a")], { closed: new Set(["b"]) });
+  assert.deepEqual(rows.map((row) => row.snapshot.snapshot_id), ["a", "b", "d"]);
+  assert.deepEqual(treeKey(rows, 0, "ArrowDown", 10), { index: 1 });
+  assert.deepEqual(treeKey(rows, 2, "ArrowDown", 10), { index: 2 });
+  assert.deepEqual(treeKey(rows, 1, "ArrowRight", 10), { index: 1, toggle: true });
+  assert.deepEqual(treeKey(rows, 0, "ArrowRight", 10), { index: 1 });
+  assert.deepEqual(treeKey(rows, 2, "ArrowRight", 10), { index: 2 });
+  assert.deepEqual(treeKey(rows, 2, "ArrowLeft", 10), { index: 0 });
+  assert.deepEqual(treeKey(rows, 0, "ArrowLeft", 10), { index: 0, toggle: true });
+  assert.deepEqual([treeKey(rows, 1, "End", 10), treeKey(rows, 1, "Home", 10), treeKey(rows, 0, "PageDown", 10)], [{ index: 2 }, { index: 0 }, { index: 2 }]);
+  assert.equal(treeKey(rows, 0, "x", 10), null);
+  assert.equal(treeKey([], 0, "End", 10), null);
 });

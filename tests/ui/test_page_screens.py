@@ -24,7 +24,7 @@ from rock.sync import Client, Sandbox, SandboxConfig
 pytestmark = pytest.mark.skipif(not os.environ.get("ROCK_TEST_UI"), reason="drives a browser for minutes: `make ui`")
 Open = Callable[[], Watched]
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
-SCREENS = ("sandboxes", "runs", "jobs", "environments", "training", "images", "workers", "keys", "audit",
+SCREENS = ("sandboxes", "snapshots", "runs", "jobs", "environments", "training", "images", "workers", "keys", "audit",
            "cluster")  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import { ApiError, Field, Link, Problem, api, can, go, here, html, onSignedOut, 
 /** name of the URL -> [title, module, scope that it needs] */
 const SCREENS = {
   sandboxes: ["Sandboxes", () => import("./screens/sandboxes.js"), "read"],
+  snapshots: ["Snapshots", () => import("./screens/snapshots.js"), "read"],
   runs: ["Runs", () => import("./screens/runs.js"), "read"],
   jobs: ["Jobs", () => import("./screens/jobs.js"), "read"],
   environments: ["Environments", () => import("./screens/environments.js"), "read"],

@@ -35,16 +35,19 @@ export function applyChanges(rows, message, names) {
   return changed;
 }
 
-/** Whether a row contains every word of a search text, in its visible fields.
+/** Whether fields contain every word of a search text. @param {any[]} fields @param {string} text */
+export function matchesWords(fields, text) {
+  const all = fields.filter(Boolean).join(" ").toLowerCase();
+  return text.toLowerCase().split(/\s+/).every((word) => all.includes(word));
+}
+
+/** Whether a row of a sandbox contains every word of a search text, in its visible fields.
  * @param {Row} row @param {string} text */
 export function matchesSearch(row, text) {
   if (!text) return true;
-  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-  if (!words.length) return true;
   const labels = Object.entries(row.labels || {}).map(([k, v]) => `${k}=${v}`).join(" ");
-  const all = [row.sandbox_id, row.name, row.state, row.cause, row.image, row.tenant, row.worker, row.user_id,
-    row.experiment_id, row.group, labels].filter(Boolean).join(" ").toLowerCase();
-  return words.every((word) => all.includes(word));
+  return matchesWords([row.sandbox_id, row.name, row.state, row.cause, row.image, row.tenant, row.worker, row.user_id,
+    row.experiment_id, row.group, labels], text);
 }
 
 /** Rows, newest first. The order is kept: it is made again when rows have come or gone, not when rows have changed.

@@ -3,8 +3,9 @@ import { Confirm, Empty, Facts, Field, Link, Problem, Same, StateMark, Table, Ti
 import { bytes, duration, plainText, shellWord } from "../pure.js";
 import { Chart } from "../chart.js";
 import { exportHtml, exportJsonl, record } from "../recorder.js";
+import { SandboxSnapshots } from "./snapshots.js";
 
-const TABS = { overview: "Overview", processes: "Processes and logs", files: "Files", network: "Network", timeline: "Timeline" };
+const TABS = { overview: "Overview", processes: "Processes and logs", files: "Files", network: "Network", snapshots: "Snapshots", timeline: "Timeline" };
 const VERBS = { stop: "Stop", restart: "Restart", archive: "Archive" };
 const path = (/** @type {string} */ id, rest = "") => `/v1/sandboxes/${encodeURIComponent(id)}${rest}`;
 
@@ -21,7 +22,7 @@ export default function Sandbox() {
     ${info && can("images") && ["running", "stopped"].includes(info.state) && html`<button type="button" onClick=${() => setDialog("commit")}>Commit</button>`}</div>`;
   if (error && !info) return html`${title}<${Problem} error=${error} /><p><${Link} to="/ui/sandboxes">Show all sandboxes<//></p>`;
   if (!info) return html`${title}<p class="muted" role="status">Loading…</p>`;
-  const View = { overview: Overview, processes: Processes, files: Files, network: Network, timeline: Timeline }[tab] || Overview;
+  const View = { overview: Overview, processes: Processes, files: Files, network: Network, snapshots: SandboxSnapshots, timeline: Timeline }[tab] || Overview;
   return html`${title}<${Problem} error=${error} />
     ${info.cause && html`<p class="cause">${info.cause}: ${info.reason}</p>`}
     <nav class="tabs" aria-label="Parts of this sandbox">${Object.entries(TABS).map(([key, name]) => html`<${Link} key=${key} to=${`/ui/sandbox/${encodeURIComponent(id)}${key === "overview" ? "" : `?tab=${key}`}`} aria-current=${tab === key ? "page" : undefined}>${name}<//>`)}</nav>
