@@ -14,7 +14,9 @@ ROWS = {
     "create to first command, no pool", "a whole sandbox in the launcher", "create + command + destroy, 8 at once",
     "a command in a session", "the same, server side", "commands a second, 32 sessions", "upload of 100 MB",
     "download of 100 MB", "memory of an idle sandbox, all in", "create to first command, warm pool",
-    "base install, distributions", "base install, size", "a model call of 80 kB", "the first streamed byte of one",
+    "base install, distributions", "base install, size", "checkpoint of a sandbox with a bash",
+    "its processes are stopped", "rollback and a command", "a child and its first command",
+    "a model call of 80 kB", "the first streamed byte of one",
     "a model call in pull mode", "model calls a second, 200 agents at once", "memory of a recorded call of 80 kB",
 }  # fmt: skip
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import json
 import mmap
@@ -31,7 +30,7 @@ from rock.guest.environments import frames
 
 _LIBRARIES = ("torch", "jax", "tensorflow", "cupy")
 _HARMLESS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-_KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_SYNC
+_CREATION = os.O_CREAT | os.O_EXCL | os.O_TRUNC
 _PACKET = 1 << 14
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MOST_NAMED = 5  # causes of one kind that a refusal lists
@@ -264,12 +263,18 @@ def reopen(own: set[int]) -> None:
     for fd, status in _opened(own):
         if not stat.S_ISREG(status.st_mode):
             continue
-        flags, inheritable = fcntl.fcntl(fd, fcntl.F_GETFL), os.get_inheritable(fd)
+        flags, inheritable = _flags(fd), os.get_inheritable(fd)
         position = os.lseek(fd, 0, os.SEEK_CUR)
-        new = os.open(f"/proc/self/fd/{fd}", (flags & _KEPT_FLAGS) | os.O_CLOEXEC)
+        new = os.open(f"/proc/self/fd/{fd}", (flags & ~_CREATION) | os.O_CLOEXEC)
         os.lseek(new, position, os.SEEK_SET)
         os.dup2(new, fd, inheritable)
         os.close(new)
+
+
+def _flags(fd: int) -> int:
+    """The flags of an open file."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return int(file.read().partition(b"flags:")[2].split()[0], 8)
 
 
 # ---- seeds ----
