@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -303,6 +304,23 @@ def test_children_have_an_identity_of_their_own(tmp_path: Path) -> None:
             assert (await box.sh("cat /etc/machine-id")).strip() == "0" * 32
 
     run(main())
+
+
+@pytest.mark.skipif(not ROOT, reason="a small disk is mounted by root")
+def test_snapshots_leave_space_for_sandboxes(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with forking(tmp_path) as (runtime, box):
+            sh = await shell(box, "echo x > file")
+            with pytest.raises(errors.StorageFull):
+                await runtime.checkpoint(box.handle, A, "auto")
+            assert runtime.snapshots() == {} and await say(sh, "echo y > file; cat file") == "y"
+
+    (tmp_path / "run").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "small", str(tmp_path / "run")], check=True)
+    try:
+        run(main())
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "run")], check=True)
 
 
 def test_a_link_in_place_of_etc_is_not_followed(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from rock.runtime.namespace.slots import Sandbox, Slots
 
 log = logging.getLogger(__name__)
 MOST_LAYERS = 64
+_RESERVE = 512 << 20  # bytes of the disk that snapshots do not use
 _COPY_PATIENCE = 600.0  # seconds
 _MOST_KEYS = 100
 _MOUNT_POINTS = ("proc", "sys", "dev")
@@ -291,6 +292,10 @@ class Snapshots:
         return _report(handle, made)
 
     def _make(self, folder: str) -> None:
+        """Create the folder of a layer. OSError, also when little space is left, which running sandboxes need."""
+        info = os.statvfs(self._slots.run_dir)
+        if info.f_bavail < max(info.f_blocks // 100, _RESERVE // info.f_frsize):
+            raise OSError(errno.ENOSPC, "less than 1 % of the disk, or 512 MiB, is left")
         if not self._folder.exists():
             self._folder.mkdir(mode=0o700, exist_ok=True)
             disk_layout.spread(str(self._folder))
