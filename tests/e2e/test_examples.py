@@ -17,6 +17,7 @@ SAYS = {
     "group.py": "Hello",
     "idle_clean_up.py": "test 1200",
     "sokoban.py": "Episode finished!",
+    "tree_search.py": "4 of 4 tests pass",  # tests/envs/test_tree_search.py
 }
 
 
@@ -34,7 +35,7 @@ def test_there_is_an_expectation_for_each() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAYS)
 
 
-@pytest.mark.parametrize("name", sorted(SAYS.keys() - {"sokoban.py"}))
+@pytest.mark.parametrize("name", sorted(SAYS.keys() - {"sokoban.py", "tree_search.py"}))
 def test_example(server: RunningServer, name: str) -> None:
     assert SAYS[name] in run_script(EXAMPLES / name, server.url)
 
