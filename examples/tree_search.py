@@ -11,6 +11,7 @@ import argparse
 import heapq
 import html
 import itertools
+from typing import Any
 
 import rock
 from rock.sync import Sandbox
@@ -61,25 +62,26 @@ EDITS = {  # what a model could propose; half of it is wrong
 class Node:
     """A state of the search. score: the higher the better. label: the edit or move that led to it."""
 
-    def __init__(self, label, parent, score, thing):
+    def __init__(self, label: str, parent: "Node | None", score: float, thing: Any) -> None:
         self.label, self.parent, self.score, self.thing = label, parent, score, thing
-        self.children = []
+        self.children: list[Node] = []
+        self.at = (0, 0)
         if parent is not None:
             parent.children.append(self)
 
 
-def draw(node, best, indent=""):
+def draw(node: Node, best: Node, indent: str = "") -> None:
     mark = " *" if node is best else ""
     print(f"{indent}{node.label}: {node.score:g}{mark}")
     for child in node.children:
         draw(child, best, indent + "  ")
 
 
-def svg(root, best):
+def svg(root: Node, best: Node) -> str:
     """The tree as an SVG: one line for each node, connected to its parent."""
-    rows = []
+    rows: list[Node] = []
 
-    def place(node, depth):
+    def place(node: Node, depth: int) -> None:
         node.at = (20 + 40 * depth, 24 + 26 * len(rows))
         rows.append(node)
         for child in node.children:
@@ -99,13 +101,13 @@ def svg(root, best):
             f'font-family="sans-serif" font-size="13">{"".join(parts)}</svg>')
 
 
-def passed(sandbox):
+def passed(sandbox: Sandbox) -> int:
     """How many tests pass."""
     seen = sandbox.exec("cd /tmp/repository && python3 tests.py -v 2>&1", timeout=60)
     return sum(line.endswith("... ok") for line in seen.stdout.splitlines())
 
 
-def repair():
+def repair() -> tuple[Node, Node]:
     """Search for the edits that make all tests pass; returns the root and the best node."""
     order = itertools.count()
     with Sandbox("host", memory="256m", cpus=1.0) as sandbox:
@@ -114,7 +116,8 @@ def repair():
         sandbox.run("cd /tmp/repository && git init -q . && git add -A", check=True)
         sandbox.run("git -c user.name=x -c user.email=x@example.org commit -qm start", check=True)
         best = root = Node("start", None, passed(sandbox), sandbox)
-        started, todo = [], [(-root.score, next(order), root)]
+        started: list[Sandbox] = []
+        todo = [(-root.score, next(order), root)]
         try:
             while todo and best.score < 4 and len(started) < 40:
                 node = heapq.heappop(todo)[2]
@@ -135,13 +138,14 @@ def repair():
     return root, best
 
 
-def play(most):
+def play(most: int) -> tuple[Node, Node]:
     """Search a Sokoban level over forks of the environment; returns the root and the best node."""
     order = itertools.count()
     with rock.make("game:Sokoban-v0-easy") as env:
         first, _ = env.reset(seed=7)
         best = root = Node("start", None, 0.0, env)
-        seen, todo, opened = {first}, [(0.0, next(order), root)], []
+        seen, todo = {first}, [(0.0, next(order), root)]
+        opened: list[Any] = []
         while todo and len(opened) < most and best.score < 1:
             node = heapq.heappop(todo)[2]
             for move, child in zip(("up", "down", "left", "right"), node.thing.fork(4), strict=True):
@@ -160,7 +164,7 @@ def play(most):
     return root, best
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description="Best-first search over forks.")
     parser.add_argument("--svg", default="tree.svg", help="where the first tree is written")
     parser.add_argument("--skip-env", action="store_true", help="leave out the environment")

@@ -12,14 +12,14 @@ import sys
 import tempfile
 import time
 
+from rock.sdk import Client, Sandbox
+
 _NEWNS, _PRIVATE, _DETACH = 0x20000, 1 << 18 | 16384, 2
 
 
 async def snapshots(url: str, count: int) -> dict[str, list[float]]:
     """Milliseconds of a checkpoint, of the pause in it, of a rollback with a command, and of a child with a command. A
     bash with some state and an open file runs in a working directory below /."""
-    from rock.sdk import Client, Sandbox
-
     found: dict[str, list[float]] = {"checkpoint": [], "pause": [], "rollback": [], "child": []}
     async with Client(url) as client, Sandbox("host", memory="256m", cpus=1.0, base_url=url) as sandbox:
         await sandbox.run("mkdir -p /tmp/w && cd /tmp/w && exec 7>>log; for i in $(seq 100); do echo $i > f$i; done")

@@ -74,7 +74,7 @@ class Snapshots:
         self._parents: dict[str, Sequence[str]] = {}  # by slot: the last snapshot, where that was a copy
         self._leases: dict[str, Lease | None] = {}  # by snapshot
         self._removing: set[asyncio.Task[None]] = set()
-        self._again = False
+        self._again = self._collecting = False
         slots.removed.append(self._slot_removed)
 
     @property
@@ -204,15 +204,24 @@ class Snapshots:
             self._collect()
 
     def _collect(self) -> None:
-        if not self._removing:
+        """Remove unused layers in the background."""
+        self._again = True
+        if not self._collecting:
+            self._collecting = True
             task = asyncio.create_task(self._remove(), name="unused layers")
             self._removing.add(task)
             task.add_done_callback(self._removing.discard)
-        else:
-            self._again = True
 
     async def _remove(self) -> None:
-        self._again = True
+        try:
+            await self._remove_all()
+            if not self._layers:  # else a checkpoint may be about to use it
+                with contextlib.suppress(OSError):
+                    os.rmdir(self._folder)
+        finally:
+            self._collecting = False  # without a pause since the last look: no request is missed
+
+    async def _remove_all(self) -> None:
         while self._again:
             self._again = False
             for name in self._unused():
@@ -220,9 +229,6 @@ class Snapshots:
                     await asyncio.to_thread(remove_tree, self.folder(name))
                 except OSError as error:  # the next start tries again
                     log.warning("layer %s could not be removed: %s", name, error)
-        if not self._layers:  # else a checkpoint may be about to use it
-            with contextlib.suppress(OSError):
-                os.rmdir(self._folder)
 
     # ---- read ----
 
