@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MOST = 3  # failures of a run that are tried again
+MOST = 8  # failures of a run that are tried again
 IN_A_ROW = 3  # runs in which a test needed a retry, after which it fails
 _FAILED = 1  # pytest's exit status where tests failed, and nothing else was wrong
 _NO_TESTS = 5

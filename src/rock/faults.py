@@ -8,6 +8,7 @@ the plan, else each time. A name that ends in `*` matches all points with this p
     kill             kill -9 of this process
     error            Unavailable, as of a store that does not respond
     full             StorageFull
+    reject           NoCapacity, as of a worker that others filled
     stall:SECONDS    wait
     drop             for a reply: close the connection without a response
 
@@ -25,9 +26,9 @@ import signal
 import time
 from dataclasses import dataclass
 
-from rock.errors import InvalidConfig, StorageFull, Unavailable
+from rock.errors import InvalidConfig, NoCapacity, StorageFull, Unavailable
 
-_RULE = re.compile(r"([a-z0-9_.*]+)=(kill|error|full|drop|stall:[0-9]+(?:\.[0-9]+)?)(?:@([1-9][0-9]*))?")
+_RULE = re.compile(r"([a-z0-9_.*]+)=(kill|error|full|reject|drop|stall:[0-9]+(?:\.[0-9]+)?)(?:@([1-9][0-9]*))?")
 _CLOCK = re.compile(r"clock=([+-]?[0-9]+(?:\.[0-9]+)?)")
 _real_time = time.time
 
@@ -61,7 +62,8 @@ class Plan:
             elif found := _RULE.fullmatch(part):
                 self.rules.append(Rule(found[1], found[2], int(found[3]) if found[3] else None))
             else:
-                raise InvalidConfig(f"ROCK_FAULTS: {part!r} is no fault", hint="NAME=kill|error|full|drop|stall:S[@N]")
+                hint = "NAME=kill|error|full|reject|drop|stall:S[@N]"
+                raise InvalidConfig(f"ROCK_FAULTS: {part!r} is no fault", hint=hint)
 
     def at(self, name: str) -> str | None:
         """The action for this pass of a point."""
@@ -117,7 +119,7 @@ def arm(text: str) -> None:
 
 
 async def point(name: str) -> None:
-    """A point of fault injection. Raises the requested StorageFull or Unavailable."""
+    """A point of fault injection. Raises the requested StorageFull, NoCapacity or Unavailable."""
     if active:
         await _reach(name)
 
@@ -130,6 +132,8 @@ async def _reach(name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "full":
         raise StorageFull(f"no space left (a fault at {name})", hint="it was asked for by ROCK_FAULTS")
+    if action == "reject":
+        raise NoCapacity(f"the worker is full (a fault at {name})", hint="it was asked for by ROCK_FAULTS")
     if action == "error":
         raise Unavailable(f"no answer (a fault at {name})", hint="it was asked for by ROCK_FAULTS")
     if action.startswith("stall:"):

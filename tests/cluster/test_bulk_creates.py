@@ -125,6 +125,27 @@ def test_a_group_takes_few_requests_and_each_of_a_burst_its_own_answer(pair: Pai
     assert pair.machine.sandboxes() == set()
 
 
+def test_a_sandbox_that_a_full_worker_rejects_is_placed_on_another(pair: Pair, tmp_path: Path) -> None:
+    """Other sandboxes fill a worker between its report and the create: each worker rejects one create."""
+    second = Machine(tmp_path / "second", "--join", pair.server.url, "--token", TOKEN, "--name", "two",
+                     ROCK_RUNTIME="fake", ROCK_FAULTS=str(tmp_path / "faults-two"))  # fmt: skip
+    (tmp_path / "faults-two").write_text("")
+    second.start()
+    try:
+        until(lambda: len(pair.workers()) == 2)
+        for file in (pair.faults, tmp_path / "faults-two"):
+            file.write_text("node.create.begun=reject@1")
+        sandboxes = [Sandbox(ClientConfig(**pair.config())) for _ in range(6)]
+        for sandbox in sandboxes:
+            sandbox.start()
+        there = pair.machine.sandboxes() | second.sandboxes()
+        assert there == {str(sandbox.sandbox_id) for sandbox in sandboxes}
+        for sandbox in sandboxes:
+            sandbox.stop()
+    finally:
+        second.end()
+
+
 def test_a_worker_of_an_older_release_is_asked_one_by_one() -> None:
     asked: list[str] = []
     tried: list[bytes] = []

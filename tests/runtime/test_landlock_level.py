@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -150,6 +151,24 @@ def test_memory_is_watched_and_processes_are_counted(tmp_path: Path) -> None:
                 for _ in range(60):
                     await b.spawn("sleep", "50")
             assert len(_of_user(int(b.handle.data["uid"]))) <= 40
+
+    run(main())
+
+
+def test_memory_is_watched_while_the_threads_of_the_event_loop_are_busy(tmp_path: Path) -> None:
+    async def main() -> None:
+        release = threading.Event()
+        loop = asyncio.get_running_loop()
+        async with landlock_box(tmp_path, memory="64m") as b:
+            process = await b.spawn("/usr/bin/python3", "-I", "-S", "-c",
+                                    "import time; time.sleep(1); x = bytearray(300 << 20); time.sleep(30)")
+            busy = [loop.run_in_executor(None, release.wait, 30) for _ in range(64)]
+            try:
+                async with asyncio.timeout(15):
+                    assert (await process.wait()).signal == 9
+            finally:
+                release.set()
+                await asyncio.gather(*busy)
 
     run(main())
 

@@ -17,7 +17,7 @@ from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
 from rock.admin.workers.start_queue import StartQueue, Ticket
-from rock.errors import Lost, RockError, SandboxError, Unavailable, from_wire, unexpected
+from rock.errors import Lost, NoCapacity, RockError, SandboxError, Unavailable, from_wire, unexpected
 from rock.http.event_loop import settled
 from rock.protocol.node import NodeSandbox
 from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN
@@ -41,6 +41,7 @@ STARTS = REGISTRY.histogram("rock_sandbox_start_seconds", "From a pending record
 
 log = logging.getLogger("rock.admin")
 
+_MOST_REJECTIONS = 5  # full workers that a start tries after the first
 _PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts of a start whose worker is unreachable
 
 
@@ -164,13 +165,14 @@ class Starts:
 
     async def _started(self, worker: Worker, record: Record, fresh: bool) -> NodeSandbox:
         """Start it, with retries over short outages of the worker, for at most RECONNECT_TIMEOUT seconds. A `fresh` one
-        is placed on another worker, unless its worker may have made it."""
+        is placed on another worker when its worker is full, or is unreachable and cannot have made it."""
         if record.info.archive is not None:
             return await self._start(worker, record)
         end, pause = time.monotonic() + RECONNECT_TIMEOUT, _PAUSE
         moves = fresh and not record.info.gang and not record.info.kept and self._placer.reservations is None
         moves = moves and not record.config.volumes
         there: Worker | None = worker
+        rejections = 0
         while True:
             try:
                 if there is None:
@@ -187,9 +189,26 @@ class Starts:
                 if current.state is not State.PENDING:
                     raise
                 record = await self._moved(current) if moves else current
+            except NoCapacity as error:  # other sandboxes filled the worker since its last report
+                rejections += 1
+                if not moves or rejections > _MOST_REJECTIONS:
+                    raise
+                log.info("sandbox %s: worker %s: %s; placing it again", record.id, record.info.worker, error.message)
+                await self._placer.refresh()
+                current = await self._records.load(record.id)
+                if current.state is not State.PENDING:
+                    raise
+                moved = await self._placed_again(current)
+                if moved is None:
+                    raise
+                record, there = moved, None
 
     async def _moved(self, record: Record) -> Record:
         """The record of a pending sandbox, placed again; on its own worker too, when no other accepts it."""
+        return await self._placed_again(record) or record
+
+    async def _placed_again(self, record: Record) -> Record | None:
+        """The record of a pending sandbox on a worker that has capacity now; None when there is none."""
         placer = self._placer
         placer.landed(record.id)
         try:
@@ -202,7 +221,7 @@ class Starts:
             return await self._records.store.put(record.changed(worker=worker.name, **where))
         except (RockError, VersionConflict) as error:  # the next attempt gets a clearer error
             log.info("sandbox %s is not placed again: %s", record.id, error)
-            return record
+            return None
 
     async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
         """Start for the first time, or from retained files."""

@@ -154,6 +154,11 @@ class Placer:
         for name, gpus in self._placed.pop(sandbox_id, ()):
             self._scheduler.landed(name, gpus)
 
+    async def refresh(self) -> None:
+        """Load current reports, after a worker has rejected a sandbox that its last report had capacity for."""
+        with contextlib.suppress(Unavailable):
+            await self._known(0.0)
+
     def status(self, name: str) -> NodeStatus | None:
         """The last report of a worker."""
         return self.statuses.get(name)
