@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "gateway": {"gateway", "host", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "ui": {"ui", "admin", "store", *GROUND},
-    "admin": {"admin", "envhub", "kubernetes", "scheduler", "store", *GROUND},
+    "admin": {"admin", "envhub", "kubernetes", "rock_conf", "scheduler", "store", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},
     "sdk": {"sdk", "agents", "jobs", "protocol", "errors", "settings", "telemetry"},

@@ -38,11 +38,19 @@ def read(path: str) -> dict[str, Any]:
     return found
 
 
-def _load(path: Path, depth: int) -> dict[str, Any]:
+def yaml_document(data: bytes) -> Any:
+    """The document of a YAML text. ValueError states what is wrong with it."""
     try:
         import yaml
     except ImportError:
-        raise ValueError("ROCK_CONFIG: reading YAML needs a package; pip install 'rock-sandbox[rock-conf]'") from None
+        raise ValueError("reading YAML needs a package; pip install 'rock-sandbox[rock-conf]'") from None
+    try:
+        return yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"it is not YAML: {str(error).splitlines()[0]}") from None
+
+
+def _load(path: Path, depth: int) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -50,9 +58,9 @@ def _load(path: Path, depth: int) -> dict[str, Any]:
     if len(data) > _LARGEST:
         raise ValueError(f"ROCK_CONFIG: {path} is larger than {_LARGEST >> 20} MiB")
     try:
-        document = yaml.safe_load(data)
-    except yaml.YAMLError as error:
-        raise ValueError(f"ROCK_CONFIG: {path} is not YAML: {str(error).splitlines()[0]}") from None
+        document = yaml_document(data)
+    except ValueError as error:
+        raise ValueError(f"ROCK_CONFIG: {path}: {error}") from None
     if document is None:
         return {}
     if not isinstance(document, dict):

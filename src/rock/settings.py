@@ -37,6 +37,8 @@ running operations when the server in front of it is gone |
 | ROCK_GATEWAY_RUNS | 10000 | maximum runs of one tenant; above it the oldest ended run is deleted |
 | ROCK_GATEWAY_ORPHAN | 10 | seconds for which a model call continues after its agent has disconnected |
 | ROCK_CONFIG | none | a YAML file of ROCK's own server, of which known keys are applied: docs/guides/from-rock.md |
+| ROCK_LIVE_CONFIG | config.yaml in ROCK_HOME, if it exists | source of the live configuration: a file, \
+nacos://HOST:PORT/DATA_ID, or api: docs/guides/configuration.md |
 | ROCK_ENV_LEASE | 50 | seconds without a renewal by a client process after which its environments are released |
 | ROCK_ARCHIVE | archive in ROCK_HOME | location of archived sandboxes: a folder, s3://BUCKET/PREFIX, or "off" |
 | ROCK_SNAPSHOT_TTL | 3600 | seconds without use after which a snapshot is deleted, unless it has its own retention |
@@ -347,6 +349,7 @@ class Settings:
     s3_key: str = ""
     s3_secret: str = field(default="", repr=False)
     faults: str = ""
+    live_config: str = field(default="", repr=False)
     env_lease: float = 50.0
     dialect_network: str = "nat"
     gateway: str = "on"
@@ -467,6 +470,7 @@ class Settings:
             ("s3_key", str),
             ("s3_secret", str),
             ("faults", str),
+            ("live_config", str),
             ("env_lease", float),
             ("dialect_network", str),
             ("gateway", str),

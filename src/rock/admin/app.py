@@ -11,6 +11,7 @@ from rock.admin.api.bare import About, Heartbeats, LazyApp, guarded
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
 from rock.admin.audit import Audit
+from rock.admin.configuration import LiveConfiguration, source_of
 from rock.admin.environments import Environments
 from rock.admin.reconciler import Reconciler
 from rock.admin.sandboxes.service import Service
@@ -146,8 +147,10 @@ class Admin:
         self.leader = Leader(store, lambda: Reconciler(self.service)) if leads else None
         self.catalogue = Catalogue(settings.catalogue)
         environments = Environments(self.service, self.catalogue)
-        self.keys = Keys(store, bool(settings.api_key))
-        tenant_services = TenantServices(self.service, self.keys)
+        self.configuration = LiveConfiguration(store, workers, source_of(settings.live_config, settings.home), leads)
+        self.keys = Keys(store, bool(settings.api_key), lambda: self.configuration.current.quotas)
+        self.configuration.on_change.append(lambda _: self.keys.reread())
+        tenant_services = TenantServices(self.service, self.keys, self.configuration)
 
         def pages() -> App:
             from rock.admin.api import native  # imports FastAPI, a third of a start
@@ -160,7 +163,7 @@ class Admin:
         about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers)
         self.audit = Audit(lambda: store.access, settings.audit_days)
         training = Training(tenant_services, data).over(rest)
-        self.app: App = Sandboxes(tenant_services).over(training, about, heartbeats, self.audit)
+        self.app: App = Sandboxes(tenant_services).over(training, about, heartbeats, self.audit, self.configuration)
         self._store = store
 
     async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
@@ -180,6 +183,13 @@ class Admin:
         await self.catalogue.open()
         if isinstance(self._blobs, FolderBlobs):
             await self._blobs.sweep()
+        try:
+            await self.configuration.open()
+        except BaseException:
+            await self.configuration.close()
+            await self.catalogue.close()
+            await self._store.close()
+            raise
         await self.workers.open()
         if self._reservations is not None:
             await self._reservations.open()
@@ -188,6 +198,7 @@ class Admin:
         await self.audit.open()
 
     async def close(self) -> None:
+        await self.configuration.close()
         await self.audit.close()
         if self.leader is not None:
             await self.leader.close()

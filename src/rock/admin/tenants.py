@@ -16,14 +16,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from rock.admin.configuration import LiveConfiguration
 from rock.admin.sandboxes.environment_hosts import env_host
 from rock.admin.sandboxes.service import Service
 from rock.errors import Conflict, Forbidden, InvalidConfig, no_such_sandbox
 from rock.http.asgi import Scope
 from rock.protocol import egress
 from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
+from rock.protocol.configuration import QuotaRules
 from rock.protocol.env import OpenEnv
-from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, caller_of, digest_of
+from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, Quota, caller_of, digest_of
 from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
 from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
 from rock.protocol.snapshots import CheckpointRequest, ForkRequest, ForkResult, SnapshotInfo
@@ -33,20 +35,22 @@ from rock.store.base import Query, Record, Store, member
 class TenantServices:
     """Creates the TenantService for the caller of each request."""
 
-    def __init__(self, service: Service, keys: Keys) -> None:
+    def __init__(self, service: Service, keys: Keys, live: LiveConfiguration) -> None:
         self._service = service
         self._keys = keys
+        self._live = live
 
     def __call__(self, scope: Scope) -> TenantService:
-        return TenantService(self._service, self._keys, caller_of(scope))
+        return TenantService(self._service, self._keys, caller_of(scope), self._live)
 
 
 class TenantService:
     """The sandbox service scoped to one tenant. Sandboxes of other tenants raise NotFound."""
 
-    def __init__(self, service: Service, keys: Keys, caller: Caller) -> None:
+    def __init__(self, service: Service, keys: Keys, caller: Caller, live: LiveConfiguration) -> None:
         self._service = service
         self._keys = keys
+        self._live = live
         self.caller = caller
 
     async def load(self, sandbox_id: str) -> Record:
@@ -81,13 +85,21 @@ class TenantService:
         return await self._service.envs.open(spec, wait, key, self.caller)
 
     async def _allowed(self, config: SandboxConfig) -> SandboxConfig:
-        """Check what a tenant may request. Forbidden, InvalidConfig."""
+        """What a tenant requests, checked and with its image rewritten. Forbidden, InvalidConfig."""
         await self._check_id(config.sandbox_id)
+        configuration = self._live.current
+        if configuration.images.rewrite and config.snapshot is None:
+            image = configuration.rewritten(config.image)
+            config = config if image == config.image else config.model_copy(update={"image": image})
         if Access.ADMIN in self.caller.scopes:
             return config
         if config.network not in ("none", "nat"):
             raise Forbidden(f'this key may not use network "{config.network}", which reaches what the server reaches',
                             hint='network="none" or "nat"')
+        allowed = configuration.networks.allowed
+        if allowed is not None and config.network not in allowed:
+            raise Forbidden(f'this server does not allow network "{config.network}"',
+                            hint=f"use {' or '.join(allowed)}" if allowed else "its configuration allows none")
         for text in config.egress or ():
             network = egress.parse(text).network
             if network is not None and (not network.is_global or egress.closed(network.network_address)):
@@ -249,11 +261,13 @@ _REMEMBERED = 10_000
 
 
 class Keys:
-    """The keys of a store. guarded: whether the server requires a key at all."""
+    """The keys of a store. guarded: whether the server requires a key at all. quotas: those of the live configuration;
+    call `reread` when they change."""
 
-    def __init__(self, store: Store, guarded: bool) -> None:
+    def __init__(self, store: Store, guarded: bool, quotas: Callable[[], QuotaRules] = QuotaRules) -> None:
         self._store = store
         self._guarded = guarded
+        self._quotas = quotas
         self._seen: OrderedDict[str, tuple[float, Caller, str]] = OrderedDict()  # (expiry, caller, id) by digest
         self.on_revoked: list[Callable[[str], None]] = []
 
@@ -290,6 +304,16 @@ class Keys:
             listener(key_id)
         return info
 
+    def _quota(self, info: KeyInfo) -> Quota | None:
+        """The quota of a key: that of the configuration for its tenant, else its own, else the default."""
+        rules = self._quotas()
+        quota = rules.tenants.get(info.tenant) or (info.quota if info.quota.is_limit else rules.default)
+        return quota if quota is not None and quota.is_limit else None
+
+    def reread(self) -> None:
+        """The quotas have changed."""
+        self._seen.clear()
+
     async def is_tenant(self, name: str) -> bool:
         """Whether a key was ever made for it."""
         return any(info.tenant == name for info in await self._store.keys())
@@ -308,7 +332,7 @@ class Keys:
         if info is None or info.revoked_at is not None:
             self._seen.pop(digest, None)
             return None
-        caller = Caller(info.tenant, frozenset(info.scopes), info.quota if info.quota.is_limit else None, info.id)
+        caller = Caller(info.tenant, frozenset(info.scopes), self._quota(info), info.id)
         self._seen[digest] = (time.monotonic() + _FRESH, caller, info.id)
         self._seen.move_to_end(digest)
         while len(self._seen) > _REMEMBERED:

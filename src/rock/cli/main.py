@@ -58,6 +58,7 @@ ENTRIES = [
     Entry("admin", "Server", "commands.admin:admin", "Start, stop, back up and restore the server of this machine."),
     Entry("login", "Server", "commands.context:login", "Log in to a server and use it from now on."),
     Entry("context", "Server", "commands.context:context", "Choose the server that commands use."),
+    Entry("config", "Server", "commands.config:config", "Show and change the live configuration of a server."),
     Entry("key", "Server", "commands.key:key", "Create, list and revoke API keys."),
     Entry("ui", "Server", "commands.page:ui", "Open the web page of the server, signed in."),
     Entry("audit", "Server", "commands.page:audit", "Show which key performed which action, newest first."),

@@ -103,6 +103,8 @@ def node_rows() -> Iterator[Route]:
         "WorkerImage",
         "ImageState",
     )
+    yield row("node_configure", "PUT", "/node/v1/configuration", "node", "Apply a version of the live configuration",
+              "NodeConfiguration", "NodeConfiguration")  # fmt: skip
     yield row("node_volumes", "GET", "/node/v1/volumes", "node", "The volumes here", "", "NodeVolumes")
     yield row("node_create_volume", "PUT", "/node/v1/volumes/{volume_id}", "node", "Create a volume here; idempotent",
               "NodeVolume", "NodeVolumes")  # fmt: skip

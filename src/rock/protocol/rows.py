@@ -194,6 +194,14 @@ def control_rows() -> Iterator[Route]:
         "?tenant ?key_id ?action ?target ?since ?until ?limit ?before",
         "AuditList",
     )
+    # live configuration
+    c = "/v1/configuration"
+    yield row("get_configuration", "GET", c, "control", "The live configuration that the server applies", "",
+              "ConfigurationStatus")  # fmt: skip
+    yield row("list_configurations", "GET", c + "/history", "control", "Versions of the live configuration",
+              "?limit ?before", "ConfigurationHistory")  # fmt: skip
+    yield row("set_configuration", "PUT", c, "control", "Replace the live configuration", "SetConfiguration",
+              "ConfigurationStatus")  # fmt: skip
     # snapshots
     n = "/v1/snapshots/{snapshot}"
     yield row("list_snapshots", "GET", "/v1/snapshots", "control", "Snapshots by age", "?sandbox", "SnapshotList")

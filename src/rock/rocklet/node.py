@@ -22,6 +22,7 @@ from rock.http.event_loop import settled
 from rock.protocol.node import NodeInventory, NodeSandbox, NodeStatus, NodeVolumes
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, SandboxConfig
 from rock.rocklet.commands.session import Session
+from rock.rocklet.configuration import WorkerConfiguration
 from rock.rocklet.durability import resume
 from rock.rocklet.environments.host import ENV_LEASE
 from rock.rocklet.environments.local_socket import LocalSocket
@@ -57,11 +58,14 @@ class Node:
         images: Images,
         env_lease: float = ENV_LEASE,
         host_mounts: Sequence[str] = (),
+        own_logs: bool = False,
     ) -> None:
-        """host_mounts: folders of this machine below which sandboxes may mount folders."""
+        """host_mounts: folders of this machine below which sandboxes may mount folders. own_logs: of
+        WorkerConfiguration."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
+        self.configuration = WorkerConfiguration(folder.parent / "configuration.json", self.runtimes, own_logs)
         self.local_socket = LocalSocket(folder, self.get)
         self.limit = limit
         self._env_lease = env_lease
@@ -94,6 +98,7 @@ class Node:
         await asyncio.to_thread(self.volumes.open)
         await asyncio.to_thread(self.snapshots.open)
         await self.runtimes.open()
+        self.configuration.open()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
         await Recovery(self).run()
@@ -118,6 +123,7 @@ class Node:
         for supervisor in self.supervisors.values():
             await supervisor.detach()
         self.state_dir.close()
+        self.configuration.close()
         await self.runtimes.close()
         await self.ends.notify()
 

@@ -557,6 +557,15 @@ class Prepared(Protocol):
 
 
 @runtime_checkable
+class Resizes(Protocol, metaclass=_Capability):
+    """The runtime has a warm pool of a size that can change."""
+
+    def resize_pool(self, size: int | None) -> None:
+        """Set the number of warm sandboxes for each recently used image; None is that of the settings."""
+        ...
+
+
+@runtime_checkable
 class Pools(Protocol, metaclass=_Capability):
     """The runtime creates sandboxes in advance, and its user prepares them."""
 

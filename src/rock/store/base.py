@@ -15,6 +15,7 @@ from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerInfo, WorkerState
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store.access import AccessStore
+from rock.store.configurations import Configurations
 from rock.store.jobs import Jobs
 from rock.store.snapshots import Snapshots
 from rock.store.volumes import Volumes
@@ -126,6 +127,9 @@ class Store(Protocol):
 
     @property
     def snapshots(self) -> Snapshots: ...
+
+    @property
+    def configurations(self) -> Configurations: ...
 
     @property
     def jobs(self) -> Jobs: ...

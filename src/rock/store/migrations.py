@@ -199,6 +199,9 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX snapshot_sandbox ON snapshot (sandbox)",
         "CREATE INDEX snapshot_state ON snapshot (state, used_at)",
     ),
+    (  # 11: versions of the live configuration
+        "CREATE TABLE configuration (version INTEGER PRIMARY KEY, info TEXT NOT NULL)",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -350,5 +353,8 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX snapshot_worker ON snapshot (worker)",
         "CREATE INDEX snapshot_sandbox ON snapshot (sandbox)",
         "CREATE INDEX snapshot_state ON snapshot (state, used_at)",
+    ),
+    (  # 9: versions of the live configuration, as in SQLite's version 11
+        "CREATE TABLE configuration (version bigint PRIMARY KEY, info text NOT NULL)",
     ),
 )

@@ -45,6 +45,7 @@ from rock.store.base import (
     over,
     unknown,
 )
+from rock.store.configurations import PostgresConfigurations
 from rock.store.jobs import PostgresJobs
 from rock.store.migrations import POSTGRES
 from rock.store.snapshots import PostgresSnapshots
@@ -100,6 +101,7 @@ class PostgresStore:
         self.workers = PostgresWorkers(self._transaction)
         self.volumes = PostgresVolumes(self._transaction, _text)
         self.snapshots = PostgresSnapshots(self._transaction, _text)
+        self.configurations = PostgresConfigurations(self._transaction)
         self.jobs = PostgresJobs(self._transaction)
         self.access = PostgresAccess(self._transaction, _text)
 

@@ -23,7 +23,7 @@ from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
-from rock.store import access, base, jobs, snapshots, volumes
+from rock.store import access, base, configurations, jobs, snapshots, volumes
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -72,6 +72,7 @@ class SqliteStore:
         self.workers = SqliteWorkers(self._within)
         self.volumes = volumes.SqliteVolumes(self._within)
         self.snapshots = snapshots.SqliteSnapshots(self._within)
+        self.configurations = configurations.SqliteConfigurations(self._within)
         self.jobs = jobs.SqliteJobs(self._within)
         self.access = access.SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
 
@@ -198,8 +199,7 @@ class SqliteStore:
 
     def _error_of(self, error: sqlite3.Error) -> RockError:
         if "full" in str(error) or "disk I/O" in str(error):
-            hint = "free some space on the server"
-            return StorageFull(f"the store {self.path} cannot be written: {error}", hint=hint)
+            return StorageFull(f"the store {self.path} cannot be written: {error}", hint="free space on the server")
         return Unavailable(f"the store {self.path} does not respond: {error}",
                            hint="check the file and the disk of the server with `rock doctor`, then try again")
 

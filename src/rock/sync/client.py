@@ -15,6 +15,13 @@ from pydantic import ValidationError
 
 from rock import settings
 from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
+from rock.protocol.configuration import (
+    Configuration,
+    ConfigurationHistory,
+    ConfigurationStatus,
+    ConfigurationVersion,
+    SetConfiguration,
+)
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.keys import AuditEntry, AuditList, CreateKey, KeyInfo, KeyList, NewKey
@@ -224,6 +231,24 @@ class Client(primitives.Face):
         """End a key at once; its tenant's sandboxes stay. NotFound, Forbidden."""
         target = ROUTES["revoke_key"].url(key_id=key_id)
         return parse(KeyInfo, self.transport.json("DELETE", target))
+
+    def get_configuration(self) -> ConfigurationStatus:
+        """The live configuration that the server applies. Forbidden."""
+        return parse(ConfigurationStatus, self.transport.json("GET", ROUTES["get_configuration"].path))
+
+    def list_configurations(self, limit: int = 20) -> list[ConfigurationVersion]:
+        """Versions of the live configuration, newest first. limit: from 1 to 200. Forbidden, InvalidConfig."""
+        target = ROUTES["list_configurations"].path + query_string({"limit": limit})
+        return parse(ConfigurationHistory, self.transport.json("GET", target)).items
+
+    def set_configuration(
+        self, configuration: Configuration, *, expected: int | None = None, check: bool = False
+    ) -> ConfigurationStatus:
+        """Replace the live configuration. expected: the version that it is based on. check: only validate it.
+        Conflict when there is a newer version, or the configuration is read from a file; Forbidden."""
+        spec = SetConfiguration(configuration=configuration, expected=expected, check=check)
+        row = ROUTES["set_configuration"]
+        return parse(ConfigurationStatus, self.transport.json(row.method, row.path, spec.model_dump(mode="json")))
 
     def audit(self, *, tenant: str | None = None, key_id: str | None = None, action: str | None = None,
                     target: str | None = None, since: float | None = None, until: float | None = None,

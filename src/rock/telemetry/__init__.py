@@ -6,6 +6,6 @@
     tracing.py   spans, with a tracer; otel.py exports them, and the metrics, by OTLP
 """
 
-from rock.telemetry.logs import set_up_logs
+from rock.telemetry.logs import set_log_level, set_up_logs
 
-__all__ = ["set_up_logs"]
+__all__ = ["set_log_level", "set_up_logs"]

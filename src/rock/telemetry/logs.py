@@ -73,6 +73,16 @@ class Json(logging.Formatter):
         return json.dumps(told)
 
 
+_usual: dict[str, int] = {}  # the level of this process without a configured one
+
+
+def set_log_level(level: str | None) -> None:
+    """Change the level of this process: debug, info, warning or error; None is that of its settings."""
+    logger = logging.getLogger("rock")
+    usual = _usual.setdefault("rock", logger.level)
+    logger.setLevel(usual if level is None else level.upper())
+
+
 def set_up_logs(level: str, folder: Path | None = None, style: str = "text") -> None:
     """Log to standard error, or to a file of `folder` (10 MB, three old ones kept). style: text or json."""
     formatter = Json() if style == "json" else Text()
@@ -89,3 +99,4 @@ def set_up_logs(level: str, folder: Path | None = None, style: str = "text") -> 
             logger.addHandler(handler)
         logger.propagate = False
     logging.getLogger("rock").setLevel(level.upper())
+    _usual.clear()

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
-from rock.admin import audit
+from rock.admin import audit, configuration
 from rock.admin.api import bare, jobs, reference, sandboxes, snapshots
 from rock.admin.environments import Environments
 from rock.admin.reconciler import mark_lost
@@ -29,6 +29,7 @@ from rock.errors import (
 )
 from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, runs, sandbox
+from rock.protocol import configuration as live_messages
 from rock.protocol import jobs as job_messages
 from rock.protocol import snapshots as snapshot_messages
 from rock.protocol.action import ConnectionList
@@ -42,7 +43,7 @@ from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 
 GATEWAY = tuple(row.name for row in gateway_rows() if row.plane == "control")
-BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES, *audit.NAMES, *GATEWAY)
+BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES, *audit.NAMES, *configuration.NAMES, *GATEWAY)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 
@@ -217,7 +218,7 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys, runs, job_messages, snapshot_messages)
+        for module in (sandbox, action, env, node, keys, runs, job_messages, snapshot_messages, live_messages)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

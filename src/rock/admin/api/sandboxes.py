@@ -6,6 +6,7 @@ from urllib.parse import parse_qsl
 
 from rock.admin.api.bare import About, Heartbeats
 from rock.admin.audit import Audit
+from rock.admin.configuration import LiveConfiguration
 from rock.admin.tenants import TenantService, TenantServices
 from rock.errors import InvalidConfig
 from rock.http.asgi import Answer, App, Configs, Receive, Request, Router, Scope, Send, answer_model
@@ -32,12 +33,13 @@ class Sandboxes:
         self._tenant_services = tenant_services
         self._configs = Configs()
 
-    def over(self, rest: App, about: About, heartbeats: Heartbeats, audit: Audit) -> App:
-        """These routes and those of `about`, `heartbeats` and `audit`, and `rest` for all others."""
+    def over(self, rest: App, about: About, heartbeats: Heartbeats, *others: Audit | LiveConfiguration) -> App:
+        """These routes and those of `about`, `heartbeats` and `others`, and `rest` for all others."""
         router = Router("sandboxes")
         about.add_to(router)
         heartbeats.add_to(router)
-        audit.add_to(router)
+        for more in others:
+            more.add_to(router)
         for name in NAMES:
             router.add(ROUTES[name], getattr(self, name))
 

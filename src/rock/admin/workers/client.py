@@ -18,6 +18,7 @@ from rock.admin.workers.batching import Transport as Transport
 from rock.errors import Unavailable, Unsupported, from_wire
 from rock.http.event_loop import settled
 from rock.protocol.action import ConnectionList
+from rock.protocol.configuration import NodeConfiguration
 from rock.protocol.node import (
     ImageState,
     NodeCommit,
@@ -108,6 +109,10 @@ class Worker(Protocol):
 
     async def delete_volume(self, volume_id: str) -> NodeVolumes:
         """Delete a volume and its files; an unknown one is no error. Conflict while a sandbox uses it."""
+        ...
+
+    async def configure(self, spec: NodeConfiguration) -> NodeConfiguration:
+        """Apply a version of the live configuration; returns the version that it applies now."""
         ...
 
     async def snapshots(self) -> NodeSnapshots: ...
@@ -286,6 +291,9 @@ class WireWorker:
 
     async def delete_volume(self, volume_id: str) -> NodeVolumes:
         return await self._call(NodeVolumes, "node_delete_volume", volume_id=volume_id)
+
+    async def configure(self, spec: NodeConfiguration) -> NodeConfiguration:
+        return await self._call(NodeConfiguration, "node_configure", "", spec.model_dump(mode="json"))
 
     async def snapshots(self) -> NodeSnapshots:
         return await self._call(NodeSnapshots, "node_snapshots")

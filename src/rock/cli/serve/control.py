@@ -31,6 +31,7 @@ from rock.http.forwarding import RemoteApp
 from rock.http.relay import RelayedCalls
 from rock.protocol import routes
 from rock.protocol.action import ConnectionList
+from rock.protocol.configuration import NodeConfiguration
 from rock.protocol.keys import POD_PREFIX, pod_key
 from rock.protocol.node import (
     ImageState,
@@ -243,7 +244,8 @@ class Control:
             self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
-        relayed = RelayedCalls(self.admin.audit.over(self._route), settings.reconnect_timeout)
+        relayed = RelayedCalls(self.admin.audit.over(self.admin.configuration.over(self._route)),
+                               settings.reconnect_timeout)  # fmt: skip
         self.gateway: ServerGateway | None = None
         self._remote_gateway: RemoteGateway | None = None
         self._routes = self.admin.app
@@ -386,6 +388,9 @@ class LocalWorker:
 
     async def delete_volume(self, volume_id: str) -> NodeVolumes:
         return await self._node.delete_volume(volume_id)
+
+    async def configure(self, spec: NodeConfiguration) -> NodeConfiguration:
+        return await self._node.configuration.configure(spec)
 
     async def snapshots(self) -> NodeSnapshots:
         return self._node.snapshots.inventory()

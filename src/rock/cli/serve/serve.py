@@ -141,7 +141,7 @@ class Rocklet:
         self.images = Images(ImageStore.of(settings))
         runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images,
-                         settings.env_lease, settings.host_mount_folders)  # fmt: skip
+                         settings.env_lease, settings.host_mount_folders, bool(settings.join))  # fmt: skip
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
@@ -252,7 +252,7 @@ class Server:
             self._routes = self.gateway.over(self.admin.app)
             self.node.gateway = self.gateway.endpoint
         self.page = page_of(settings, self.admin, self.store)
-        routed = self.admin.audit.over(self._route)
+        routed = self.admin.audit.over(self.admin.configuration.over(self._route))
         checked = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
                               settings.api_key, self.admin.keys, settings.worker_key,
                               **door_of(settings, self.home))  # fmt: skip

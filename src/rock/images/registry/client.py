@@ -23,7 +23,7 @@ from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from rock import settings
 from rock.errors import ImageError, Unauthorized
-from rock.images.registry import reach
+from rock.images.registry import reach, rules
 from rock.images.registry.logins import Login
 from rock.images.registry.reference import HUB, Reference
 
@@ -56,7 +56,7 @@ class Registry:
         self.domain = mirror or reference.domain
         self._login = login
         address = _HUB_ADDRESS if self.domain == HUB else self.domain
-        plain = _is_loopback(address) or self.domain in settings.insecure_registries()
+        plain = _is_loopback(address) or rules.is_insecure(self.domain)
         self._base = f"{'http' if plain else 'https'}://{address}/v2/{reference.repository}/"
         self._public_only = reference.public_only
         self._pool = self._pool_for(self._base)

@@ -20,6 +20,7 @@ from urllib3.util.connection import create_connection
 from rock import settings
 from rock.egress.policy import Policy, Verdict
 from rock.errors import ImageError
+from rock.images.registry import rules
 
 _PUBLIC = Policy(None)
 
@@ -31,8 +32,7 @@ class NearAddress(NewConnectionError):
 def is_named(host: str, port: int) -> bool:
     """Whether the owner of the server listed a registry: HOST:PORT, or HOST for the default ports."""
     names = {f"{host}:{port}", host} if port in (80, 443) else {f"{host}:{port}"}
-    mirrors = (mirror for known in settings.registry_mirrors().values() for mirror in known)
-    return not names.isdisjoint((*settings.private_registries(), *settings.insecure_registries(), *mirrors))
+    return not names.isdisjoint(rules.named())
 
 
 def addresses_of(host: str, port: int) -> list[str]:

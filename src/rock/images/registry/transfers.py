@@ -22,7 +22,7 @@ from rock.images.records import ImageRecord, Records, locked, storing
 from rock.images.registry.logins import Login, Logins
 from rock.images.registry.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.images.registry.reference import Reference, free_name, parse
-from rock.settings import registry_mirrors
+from rock.images.registry.rules import mirrors_of
 from rock.telemetry.metrics import REGISTRY
 
 INVALID_IMAGE = "check the image's name; if it is right, push the image to the registry again"
@@ -179,7 +179,7 @@ class Transfers:
         from rock.images.registry.client import Registry  # imports urllib3, not needed for local images
 
         mirrors = [Registry(reference, self._logins.of(mirror), mirror)
-                   for mirror in registry_mirrors().get(reference.domain, ())]  # fmt: skip
+                   for mirror in mirrors_of(reference.domain)]  # fmt: skip
         return [*mirrors, Registry(reference, login or self._logins.of(reference.domain))]
 
     def push(

@@ -23,6 +23,7 @@ from rock.http.asgi import (
     validate,
 )
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
+from rock.protocol.configuration import NodeConfiguration
 from rock.protocol.node import NodeCommit, NodeVolume, ProcessList, SessionList, WorkerImage
 from rock.protocol.route import SANDBOX, Route
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
@@ -83,6 +84,7 @@ class Api:
             "node_volumes",
             "node_create_volume",
             "node_delete_volume",
+            "node_configure",
             "node_snapshots",
             "node_checkpoint",
             "node_rollback",
@@ -355,6 +357,9 @@ class Api:
 
     async def node_delete_volume(self, request: Request) -> Answer:
         return answer_model(await self.node.delete_volume(request.path["volume_id"]))
+
+    async def node_configure(self, request: Request) -> Answer:
+        return answer_model(await self.node.configuration.configure(await request.model(NodeConfiguration)))
 
     async def node_snapshots(self, request: Request) -> Answer:
         return answer_model(self.node.snapshots.inventory())

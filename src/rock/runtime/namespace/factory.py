@@ -206,7 +206,7 @@ class Pool(Generic[Key, Member]):
 
     def __init__(self, size: int, make: Callable[[Key], Awaitable[Member]],
                  drop: Callable[[Member], Coroutine[Any, Any, None]], alive: Callable[[Member], bool]) -> None:
-        self._size = size
+        self._size = self._usual = size
         self._make = make
         self._drop = drop
         self._alive = alive
@@ -229,11 +229,23 @@ class Pool(Generic[Key, Member]):
             if self._alive(member):
                 CLAIMS.of("hit").add()
                 return member
-            task = asyncio.create_task(self._drop(member), name="namespace pool: a dead member")
-            self._dropping.add(task)
-            task.add_done_callback(self._dropping.discard)
+            self._dispose(member)
         CLAIMS.of("miss").add()
         return None
+
+    def resize(self, size: int | None) -> None:
+        """Change the number of members for each key from now on; None is the first one."""
+        self._size = self._usual if size is None else size
+        for members in self._ready.values():
+            while len(members) > max(0, self._size):
+                self._dispose(members.pop())
+        self._wake.set()
+
+    def _dispose(self, member: Member) -> None:
+        """Destroy a member in the background."""
+        task = asyncio.create_task(self._drop(member), name="namespace pool: an unused member")
+        self._dropping.add(task)
+        task.add_done_callback(self._dropping.discard)
 
     @property
     def ready(self) -> int:

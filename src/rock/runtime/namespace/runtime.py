@@ -136,6 +136,9 @@ class NamespaceRuntime(InitSandboxes):
         made = await self._factory.make("", Kind.of(RootFS("probe", (str(layer),)), config), config)
         await self._slots.discard(made)
 
+    def resize_pool(self, size: int | None) -> None:
+        self._pool.resize(size)
+
     async def close(self) -> None:
         await self._watch.close()
         await self._disk_watch.close()
