@@ -56,6 +56,7 @@ nacos://HOST:PORT/DATA_ID, or api: docs/guides/configuration.md |
 | ROCK_ROLE | all | role of a server: all, write (or admin), read (or proxy) |
 | ROCK_WRITER, ROCK_READER | none | of a reader, a writer: where it forwards requests of the other role; URL,URL |
 | ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
+| ROCK_TUNNEL | off | of a rocklet: on: it has no inbound ports, and opens tunnels to the servers (--tunnel) |
 | ROCK_WORKER_GRACE | 60 | seconds without a heartbeat after which such a worker is declared lost; at least 6 leases \
 unless it is set |
 | ROCK_LEASE_LOST | keep | of a rocklet: its sandboxes while no server responds: keep, or stop after 2/3 of the grace \
@@ -324,6 +325,7 @@ class Settings:
     reader: str = ""
     join: str = ""
     worker_name: str = ""
+    tunnel: str = ""
     advertise: str = ""
     scheduler: str = "local"
     ray_address: str = ""
@@ -445,6 +447,7 @@ class Settings:
             ("reader", str),
             ("join", str),
             ("worker_name", str),
+            ("tunnel", str),
             ("advertise", str),
             ("scheduler", str),
             ("ray_address", str),
@@ -506,6 +509,8 @@ class Settings:
         network = values.get("dialect_network", "nat")
         if network not in ("none", "nat", "host", "bridge"):
             raise ValueError(f"ROCK_DIALECT_NETWORK={network!r} is none of none, nat, host and bridge")
+        if values.get("tunnel", "off") not in ("on", "off"):
+            raise ValueError(f"ROCK_TUNNEL={values['tunnel']!r} is neither on nor off")
         if values.get("ui", "on") not in ("on", "off"):
             raise ValueError(f"ROCK_UI={values['ui']!r} is neither on nor off")
         days = values.get("audit_days", 90.0)

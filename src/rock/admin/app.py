@@ -21,6 +21,7 @@ from rock.admin.workers.registry import WorkerRegistry
 from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig, Unavailable
 from rock.http.asgi import App, Scope
+from rock.http.tunnels import Tunnels
 from rock.kubernetes.access import from_kubeconfig, in_cluster
 from rock.kubernetes.client import Api
 from rock.kubernetes.pods import PodReservations, PodSettings
@@ -131,7 +132,8 @@ class Admin:
     """
 
     def __init__(
-        self, settings: Settings, store: Store, workers: WorkerRegistry, roles: list[str], data: App, leads: bool = True
+        self, settings: Settings, store: Store, workers: WorkerRegistry, roles: list[str], data: App,
+        tunnels: Tunnels, leads: bool = True,
     ) -> None:
         self.opened: Callable[[], Awaitable[None]] | None = None  # called when the store is open
         self._blobs = make_blobs(settings)
@@ -160,7 +162,7 @@ class Admin:
         rest = RockV1(tenant_services, data, self.catalogue, settings.dialect_network).over(guarded(LazyApp(pages)))
         self._tenant_services = tenant_services
         # The busiest routes are matched first.
-        about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers)
+        about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers, tunnels)
         self.audit = Audit(lambda: store.access, settings.audit_days)
         training = Training(tenant_services, data).over(rest)
         self.app: App = Sandboxes(tenant_services).over(training, about, heartbeats, self.audit, self.configuration)

@@ -30,8 +30,11 @@ def rocklet_main() -> None:
     parser.add_argument("--token", default=None, help="ROCK_WORKER_KEY or ROCK_API_KEY of the servers; asked here too")
     parser.add_argument("--name", default=None, help="of this worker; the machine's name unless given")
     parser.add_argument("--advertise", default=None, metavar="URL", help="where servers reach this rocklet")
+    parser.add_argument("--tunnel", action="store_const", const="on", default=None,
+                        help="servers cannot reach this rocklet: open connections to them instead")  # fmt: skip
     given = _place(parser)
-    _run(given, "Rocklet", api_key=given.token, join=given.join, worker_name=given.name, advertise=given.advertise)
+    _run(given, "Rocklet", api_key=given.token, join=given.join, worker_name=given.name, advertise=given.advertise,
+         tunnel=given.tunnel)  # fmt: skip
 
 
 def envhub_main() -> None:

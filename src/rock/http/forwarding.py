@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -206,17 +207,18 @@ class ClientConnection(asyncio.Protocol):
 
 class RemoteApp:
     """A server at `url`, as an ASGI application. headers: added to each request, such as an API key. most_idle:
-    connections that stay open for later requests."""
+    connections that stay open for later requests. dial: opens a connection, in place of one to the host in `url`."""
 
     def __init__(
         self, url: str, headers: dict[str, str] | None = None, tls: ssl.SSLContext | None = None,
-        most_idle: int = _MOST_IDLE,
+        most_idle: int = _MOST_IDLE, dial: Callable[[], Awaitable[socket.socket]] | None = None,
     ) -> None:  # fmt: skip
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if (parts.scheme not in ("http", "https") and dial is None) or not parts.hostname:
             raise InvalidConfig(f"{url!r} is no address of a server", hint="write http://HOST:PORT")
         self.url = url.rstrip("/")
         self._most_idle = most_idle
+        self._dial = dial
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         own = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
@@ -268,8 +270,11 @@ class RemoteApp:
             found.close()
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(_CONNECT_WITHIN):
-                _, made = await loop.create_connection(ClientConnection, self._host, self._port, ssl=self._tls)
+            if self._dial is not None:
+                _, made = await loop.create_connection(ClientConnection, sock=await self._dial())
+            else:
+                async with asyncio.timeout(_CONNECT_WITHIN):
+                    _, made = await loop.create_connection(ClientConnection, self._host, self._port, ssl=self._tls)
         except (OSError, TimeoutError) as error:
             why = str(error) or f"no answer within {_CONNECT_WITHIN:g} s"
             raise self._unreached(why, **UNSENT) from None
@@ -430,7 +435,7 @@ class RemoteApp:
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [header for header in self._kept(scope) if header[0] != b"host"]
-        work = relay.joined(self._host, self._port, self._tls, scope, headers, receive, send)
+        work = relay.joined(self._host, self._port, self._tls, scope, headers, receive, send, self._dial)
         task = asyncio.create_task(work, name="remote-socket")
         self._sockets.add(task)
         try:

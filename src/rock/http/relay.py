@@ -15,9 +15,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 from collections import OrderedDict
-from collections.abc import Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection
@@ -158,9 +159,10 @@ def plain_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
 
 async def joined(
     host: str, port: int, tls: ssl.SSLContext | None, scope: Scope, headers: list[tuple[bytes, bytes]],
-    receive: Receive, send: Send,
+    receive: Receive, send: Send, dial: Callable[[], Awaitable[socket.socket]] | None = None,
 ) -> None:
-    """Relay a client's WebSocket to a server. OSError, TimeoutError, EOFError before the client got a response."""
+    """Relay a client's WebSocket to a server. OSError, TimeoutError, EOFError before the client got a response. dial:
+    opens the connection to the server; Unavailable."""
     await receive()  # websocket.connect
     path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
     query = scope.get("query_string", b"").decode("latin-1")
@@ -168,7 +170,10 @@ async def joined(
     offered = [Subprotocol(name) for name in scope.get("subprotocols") or ()]
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(HANDSHAKE_WITHIN):
-        _, there = await loop.create_connection(lambda: connection_to(address, offered), host, port, ssl=tls)
+        if dial is None:
+            _, there = await loop.create_connection(lambda: connection_to(address, offered), host, port, ssl=tls)
+        else:
+            _, there = await loop.create_connection(lambda: connection_to(address, offered), sock=await dial())
         try:
             await there.handshake(plain_headers(headers), None)
         except InvalidStatus as refusal:

@@ -261,13 +261,13 @@ RESERVED = "local"  # the worker in the server's own process
 class JoinWorker(Wire):
     """A request of a rocklet to become a worker.
 
-    url: where servers reach it. holder: a random text that it stores in its home: the identity of the machine,
-    independent of its name. epoch: the last that it had; 0 for none. fresh: it has given up that epoch, and has no
-    sandboxes of it.
+    url: where servers reach it; tunnel://NAME for one that opens tunnels to them. holder: a random text that it stores
+    in its home: the identity of the machine, independent of its name. epoch: the last that it had; 0 for none. fresh:
+    it has given up that epoch, and has no sandboxes of it.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
-    url: str = Field(max_length=1000, pattern=r"^https?://[^\s/]+$")
+    url: str = Field(max_length=1000, pattern=r"^(?:https?|tunnel)://[^\s/]+$")
     holder: str = Field(min_length=16, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
     epoch: int = Field(default=0, ge=0, lt=1 << 62)
     fresh: bool = False

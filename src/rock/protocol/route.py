@@ -51,6 +51,7 @@ _ACCESS = {  # for rows whose plane and method do not determine it
     "set_configuration": Access.ADMIN,
     "join_worker": Access.WORKER,
     "beat_worker": Access.WORKER,
+    "worker_tunnel": Access.WORKER,
     "list_workers": Access.ADMIN,
     "drain_worker": Access.ADMIN,
     "undrain_worker": Access.ADMIN,

@@ -241,6 +241,8 @@ def control_rows() -> Iterator[Route]:
     yield row(
         "beat_worker", "POST", w + "/beat", "control", "Heartbeat of a worker (rocklets only)", "Beat", "WorkerLease"
     )
+    yield row("worker_tunnel", "WEBSOCKET", w + "/tunnel", "control",
+              "Connection in the reverse direction, of a worker without inbound ports (rocklets only)")  # fmt: skip
     yield row("list_workers", "GET", "/v1/workers", "control", "List workers, including lost ones", "", "WorkerList")
     yield row(
         "drain_worker", "POST", w + "/drain", "control", "Drain a worker: it gets no more sandboxes", "", "WorkerInfo"

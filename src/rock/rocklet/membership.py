@@ -21,9 +21,10 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 
@@ -32,6 +33,7 @@ from rock.errors import ClientError, Conflict, InvalidConfig, NotFound, RockErro
 from rock.host import atomic_file
 from rock.http.asgi import App, Receive, Scope, Send, failure
 from rock.http.forwarding import RemoteApp
+from rock.http.tunnels import Tunnel
 from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerLease
 from rock.protocol.routes import EPOCH, FENCE, OUTAGE, REFUSED, ROUTES
 from rock.rocklet.node import Node
@@ -55,12 +57,15 @@ def _now() -> float:
 @dataclass(frozen=True)
 class Joining:
     """Settings for joining. servers: any of them may respond. keep: sandboxes continue without a lease, until a
-    response reports that this worker was declared lost; otherwise they end before it is."""
+    response reports that this worker was declared lost; otherwise they end before it is. tunnel: host and port of this
+    rocklet on this machine, when it opens tunnels to the servers. key: of the tunnels."""
 
     servers: list[RemoteApp]
     name: str
     url: str
     keep: bool = True
+    tunnel: tuple[str, int] | None = None
+    key: str | None = field(default=None, repr=False)
 
 
 class Membership:
@@ -69,7 +74,7 @@ class Membership:
     def __init__(self, node: Node, joining: Joining, file: Path) -> None:
         self._node = node
         self._joining = joining
-        self._host = RemoteApp(joining.url).host
+        self._host = urlsplit(joining.url).hostname or ""
         self._servers = list(joining.servers)
         self._file = file
         self._holder, self._epoch = _read(file)
@@ -81,6 +86,10 @@ class Membership:
         self._again = asyncio.Event()  # a later epoch is known: send a heartbeat at once
         self._images: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._tunnel: Tunnel | None = None
+        if joining.tunnel is not None:
+            self._tunnel = Tunnel([server.url for server in joining.servers], joining.key, joining.name,
+                                  self._holder, *joining.tunnel)  # fmt: skip
 
     @property
     def holds(self) -> bool:
@@ -89,6 +98,8 @@ class Membership:
 
     async def open(self) -> None:
         """Join, or retry in the background. Raises errors that require a change of this rocklet's settings."""
+        if self._tunnel is not None:
+            self._tunnel.open()
         try:
             await self._join()
         except (Conflict, Unavailable) as error:
@@ -109,6 +120,8 @@ class Membership:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tunnel is not None:
+            await self._tunnel.close()
         for server in self._servers:
             await server.close()
 

@@ -17,6 +17,7 @@ from rock.admin.tenants import TenantServices
 from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import ClientError, Forbidden, RockError, no_such_route
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer, answer_model, failure, fit
+from rock.http.tunnels import Tunnels
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.node import Beat, JoinWorker, ServerInfo
 from rock.protocol.routes import ROUTES
@@ -70,14 +71,15 @@ class About:
 #
 # The routes by which workers join and send heartbeats. A lease must not expire because of an import or a framework.
 
-WORKER_NAMES = ("join_worker", "beat_worker")
+WORKER_NAMES = ("join_worker", "beat_worker", "worker_tunnel")
 
 
 class Heartbeats:
     """Handlers by route name."""
 
-    def __init__(self, worker_registry: WorkerRegistry) -> None:
+    def __init__(self, worker_registry: WorkerRegistry, tunnels: Tunnels) -> None:
         self._worker_registry = worker_registry
+        self._tunnels = tunnels
 
     def add_to(self, router: Router) -> None:
         for name in WORKER_NAMES:
@@ -94,6 +96,13 @@ class Heartbeats:
         name = request.path["worker"]
         _own_name(request, name)
         return answer_model(await self._worker_registry.beat(name, await request.model(Beat)))
+
+
+    async def worker_tunnel(self, request: Request, receive: Receive, send: Send) -> None:
+        """A connection in the reverse direction, of a rocklet without inbound ports."""
+        name = request.path["worker"]
+        _own_name(request, name)
+        await self._tunnels.serve(name, request, receive, send)
 
 
 def _own_name(request: Request, name: str) -> None:

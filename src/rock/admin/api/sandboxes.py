@@ -44,7 +44,9 @@ class Sandboxes:
             router.add(ROUTES[name], getattr(self, name))
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            found = router.match(scope["method"], scope["path"]) if scope["type"] == "http" else None
+            kind = scope["type"]
+            method = scope["method"] if kind == "http" else "WEBSOCKET"
+            found = router.match(method, scope["path"]) if kind != "lifespan" else None
             await (rest(scope, receive, send) if found is None else router.serve(found, scope, receive, send))
 
         return app

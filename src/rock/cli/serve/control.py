@@ -29,6 +29,7 @@ from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.http.asgi import App, Receive, Scope, Send
 from rock.http.forwarding import RemoteApp
 from rock.http.relay import RelayedCalls
+from rock.http.tunnels import SCHEME, Tunnels
 from rock.protocol import routes
 from rock.protocol.action import ConnectionList
 from rock.protocol.configuration import NodeConfiguration
@@ -138,7 +139,7 @@ def commands_over(remote: RemoteApp, name: str, gone: asyncio.Event, unreached: 
     return carry
 
 
-def reach_with(key: str | None, pods: bool = False) -> Callable[[WorkerInfo], Reached]:
+def reach_with(key: str | None, tunnels: Tunnels, pods: bool = False) -> Callable[[WorkerInfo], Reached]:
     """The connection factory for workers that join. pods: the rocklets of sandbox pods have keys of their own."""
     crowd = CreateBatch()
 
@@ -153,7 +154,8 @@ def reach_with(key: str | None, pods: bool = False) -> Callable[[WorkerInfo], Re
         command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
         of_pod = pods and key is not None and info.name.startswith(POD_PREFIX)
         own = {} if key is None else {routes.OTHER_KEY: pod_key(key, info.name) if of_pod else key}
-        data, long = RemoteApp(info.url, own), RemoteApp(info.url, {**own, **command})
+        dial = tunnels.dialer(info.name, info.holder) if info.url.startswith(SCHEME) else None
+        data, long = RemoteApp(info.url, own, dial=dial), RemoteApp(info.url, {**own, **command}, dial=dial)
         carry = commands_over(long, info.name, gone, unreached)
 
         async def close() -> None:
@@ -229,13 +231,14 @@ class Control:
         self._remotes = [RemoteApp(url, headers) for url in urls.values()]
         apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
         fixed: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
+        tunnels = Tunnels()
         self.worker_registry = WorkerRegistry(fixed, apps, lambda: store.workers,
-                                              reach_with(key, settings.scheduler == "kubernetes"),
+                                              reach_with(key, tunnels, settings.scheduler == "kubernetes"),
                                               lease_of(settings))  # fmt: skip
         self._proxy = Proxy(store, self.worker_registry.apps)
         settings = replace(settings, archive=settings.archive or "off")
         roles = ["write", "read"] if role == "all" else [role]
-        self.admin = Admin(settings, store, self.worker_registry, roles, self._proxy, leads=role != "read")
+        self.admin = Admin(settings, store, self.worker_registry, roles, self._proxy, tunnels, role != "read")
         if isinstance(store, SqliteStore):
             store.reserve = self.home.reserve
         self._identity = None

@@ -38,6 +38,7 @@ from rock.http.connections import HEAD_WITHIN, Admission, HttpConnection
 from rock.http.forwarding import RemoteApp
 from rock.http.middleware import dropping
 from rock.http.relay import RelayedCalls
+from rock.http.tunnels import SCHEME, Tunnels
 from rock.images.store import ImageStore
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import parse_size
@@ -199,10 +200,20 @@ def membership_of(settings: Settings, node: Node) -> Membership | None:
         return None
     servers = servers_of(settings.join, settings.api_key)
     name = settings.worker_name or re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:63]
-    url = settings.advertise or f"{'https' if settings.tls_cert else 'http'}://{_reached_at(settings, servers[0])}"
+    tunnel = None
+    if settings.tunnel == "on":
+        if settings.advertise or settings.tls_cert or settings.api_key is None:
+            raise InvalidConfig("ROCK_TUNNEL excludes ROCK_ADVERTISE and ROCK_TLS_CERT, and requires a key",
+                                hint="servers reach this worker by its tunnels only; give it --token")
+        own = "127.0.0.1" if settings.host in ("0.0.0.0", "") else "::1" if settings.host == "::" else settings.host
+        tunnel = own, settings.port
+        url = f"{SCHEME}{name}"
+    else:
+        url = settings.advertise or f"{'https' if settings.tls_cert else 'http'}://{_reached_at(settings, servers[0])}"
     if settings.lease_lost not in ("stop", "keep"):
         raise InvalidConfig(f"ROCK_LEASE_LOST={settings.lease_lost} is not a known choice", hint="use stop or keep")
-    return Membership(node, Joining(servers, name, url.rstrip("/"), settings.lease_lost == "keep"),
+    return Membership(node, Joining(servers, name, url.rstrip("/"), settings.lease_lost == "keep", tunnel,
+                                    settings.api_key),
                       settings.home / "worker.json")  # fmt: skip
 
 
@@ -236,10 +247,12 @@ class Server:
         name = "local"
         self.store = make_store(settings)
         fixed: dict[str, Worker] = {name: LocalWorker(name, self.node)}
+        tunnels = Tunnels()
         worker_registry = WorkerRegistry(fixed, {name: self.rocklet.router}, lambda: self.store.workers,
-                      reach_with(settings.worker_key or settings.api_key), lease_of(settings))  # fmt: skip
+                      reach_with(settings.worker_key or settings.api_key, tunnels), lease_of(settings))  # fmt: skip
         self._proxy = Proxy(self.store, worker_registry.apps, local=name)
-        self.admin = Admin(settings, self.store, worker_registry, ["write", "read", "worker"], self._proxy)
+        self.admin = Admin(settings, self.store, worker_registry, ["write", "read", "worker"], self._proxy,
+                           tunnels)  # fmt: skip
         if isinstance(self.store, SqliteStore):
             self.store.reserve = self.home.reserve
         self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)
