@@ -51,9 +51,11 @@ def _folders(home: Path) -> Iterator[str]:
         folder = home / part
         if folder.is_dir():
             names = (entry.name for entry in folder.iterdir() if entry.is_dir() or part == "run/records")
-            # Four folders are the runtime's own, made once.
-            own = ("staging", "probe", "base", "connections")
+            # These folders are the runtime's own, made once.
+            own = ("staging", "probe", "base", "connections", "snapshots")
             yield from (f"{part}/{name}" for name in names if name not in own)
+            kept = folder / "snapshots"
+            yield from (f"{part}/snapshots/{entry.name}" for entry in (kept.iterdir() if kept.is_dir() else ()))
     yield from _spools(home / "run" / "spools")
 
 
