@@ -35,6 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "gateway": {"gateway", "host", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "ui": {"ui", "admin", "store", *GROUND},
+    # protocols of other services, over the service interface of the admin and the data plane
+    "dialects": {"dialects", "admin", "store", *GROUND},
     "admin": {"admin", "envhub", "kubernetes", "scheduler", "store", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},

@@ -21,6 +21,7 @@ from rock.protocol.wire import Wire
 
 TENANT_PATTERN = r"^[a-z][a-z0-9]{0,31}$"
 CALLER = "rock.caller"  # in an ASGI scope: a Caller
+GRANTED = "rock.granted"  # in an ASGI scope: a Caller that a dialect has authenticated by a credential of its own
 _KEY = re.compile(rb"rock_([a-z][a-z0-9]{0,31})_[A-Za-z0-9_-]{43}")
 
 
