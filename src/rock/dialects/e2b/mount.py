@@ -35,7 +35,7 @@ from rock.dialects.e2b.state import PRIVATE, Options
 from rock.dialects.e2b.terminals import Terminals
 from rock.dialects.e2b.tokens import Tokens
 from rock.dialects.e2b.watching import Watching
-from rock.errors import Forbidden, InvalidConfig, RockError, no_such_route, unexpected
+from rock.errors import Forbidden, InvalidConfig, RockError, Unauthorized, no_such_route, unexpected
 from rock.http.asgi import Answer, App, Disconnected, Receive, Request, Router, Scope, Send, answer, deny
 from rock.protocol.keys import GRANTED, Access, Caller, caller_of
 from rock.protocol.route import Route
@@ -94,6 +94,11 @@ class E2B:
             path: str = scope["path"]
             if path.startswith(PREFIX + "/") or path == "/files":
                 scope = await self._identified(scope)
+                if scope["path"] == "/files" and scope["type"] == "http":
+                    wrong = Unauthorized("the signature of this URL is wrong or expired, or the server has restarted",
+                                         hint="create another URL")  # fmt: skip
+                    await failure(wrong).send(send)
+                    return
             elif self._options.domain and (target := target_of(scope, self._options.domain)) is not None:
                 await self._by_host(target, scope, receive, send)
                 return

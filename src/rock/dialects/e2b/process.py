@@ -10,10 +10,10 @@ from typing import Any
 from rock.dialects.e2b import connect
 from rock.dialects.e2b.call import Call
 from rock.dialects.e2b.connect import Envelopes, Events, Message
-from rock.dialects.e2b.errors import RpcError
+from rock.dialects.e2b.errors import RpcError, text_of
 from rock.dialects.e2b.programs import KEPT, Program, Programs
 from rock.dialects.e2b.terminals import Terminal, Terminals
-from rock.errors import InvalidConfig
+from rock.errors import InvalidConfig, NotFound
 from rock.http.asgi import Answer
 from rock.protocol.keys import Access
 
@@ -80,7 +80,10 @@ class ProcessService:
                                    "user": account.native, "timeout": None}  # fmt: skip
         if not connect.flag(message, "stdin"):
             command["stdin"] = ""  # the input ends at once
-        await self._programs.start(call.sandbox, program, command, seconds)
+        try:
+            await self._programs.start(call.sandbox, program, command, seconds)
+        except NotFound as error:  # of the program, or of the working directory
+            raise RpcError("invalid_argument", text_of(error)) from None
         yield _event("start", {"pid": program.pid})
         async with aclosing(self._follow(call, program, (0, 0))) as events:
             async for event in events:

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from rock.dialects.e2b.errors import NotRunning
@@ -27,7 +26,7 @@ Output = asyncio.Queue[tuple[str, bytes] | Exception | None]
 
 KEPT = 30.0  # seconds for which the end of a program can be read
 _WAIT = 60.0  # seconds of a request that waits
-_PIECE = 64 << 10  # bytes of output in one event
+_PIECE = 128 << 10  # bytes of output in one event
 _AGAIN = 1.0
 
 
@@ -204,7 +203,7 @@ class Programs:
             more = True
             while more:
                 try:
-                    data, more = await gate.run(partial(self._logs, sandbox, process_id, name, offset))
+                    data, more = await logs_of(sandbox, gate, process_id, name, offset)
                 except NotFound as error:
                     if not isinstance(error.details.get("offset"), int):
                         raise
@@ -218,10 +217,18 @@ class Programs:
         else:
             await queue.put(None)
 
-    async def _logs(self, sandbox: Sandbox, process_id: str, name: str, offset: int) -> tuple[bytes, bool]:
-        query = {"stream": name, "offset": offset, "limit": _PIECE, "wait": _WAIT}
+
+async def logs_of(
+    sandbox: Sandbox, gate: Gate, process_id: str, name: str, offset: int
+) -> tuple[bytes, bool]:
+    """(bytes of a log from `offset`, whether more may follow); waits some time while there are none."""
+    query = {"stream": name, "offset": offset, "limit": _PIECE, "wait": _WAIT}
+
+    async def ask() -> tuple[bytes, bool]:
         reply = await sandbox.open("process_logs", query=query, process_id=process_id)
         try:
             return await reply.read(), reply.header(LOG_RUNNING) == "1"
         finally:
             sandbox.done(reply)
+
+    return await gate.run(ask)
