@@ -304,7 +304,7 @@ class Control:
         name = unquote(request.path["alias"])
         if name not in state.BASE:
             if not re.fullmatch(NAME_PATTERN, name):
-                raise NotFound(f"template {name[:100]!r} not found")
+                raise NotFound(f"template {name[:100]!r} not found", hint="use base, or a snapshot")
             name = (await self._tenant(request).get_snapshot(name)).snapshot_id
         return answer({"templateID": name, "public": name in state.BASE})
 

@@ -199,8 +199,8 @@ class E2B:
         except RockError as error:
             if started:
                 raise
-            told = rpc_failure(rpc_code(error), text_of(error)) if rpc else failure(error)
-            await _respond(scope, receive, send, told, error)
+            reply = rpc_failure(rpc_code(error), text_of(error)) if rpc else failure(error)
+            await _respond(scope, receive, send, reply, error)
         except asyncio.CancelledError:
             raise
         except Exception as error:

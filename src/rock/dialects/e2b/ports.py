@@ -6,16 +6,17 @@ import re
 from collections.abc import MutableMapping
 from typing import Any
 
-from rock.dialects.e2b.errors import NotRunning, PortClosed, not_running, port_closed
-from rock.errors import PortFailed
-from rock.http.asgi import Answer, App, Receive, Scope, Send
+from rock.dialects.e2b.errors import PortClosed, failure, not_running, port_closed
+from rock.dialects.e2b.native import raised
+from rock.errors import RockError, Unavailable
+from rock.http.asgi import App, Receive, Scope, Send
 from rock.protocol.keys import CALLER, Caller
 from rock.protocol.routes import ERROR_CODE
 
 _HOST = re.compile(r"([0-9]{1,5})-([a-z0-9](?:[a-z0-9-]{0,55}))\.(.+)")
 _OWN = (b"e2b-sandbox-id", b"e2b-sandbox-port", b"e2b-traffic-access-token", b"x-access-token")
-_CODE, _CLOSED = ERROR_CODE.encode(), PortFailed.code.encode()
-_OF_SERVER = {404, 410, 421, 503}  # statuses of errors of the server that mean that the sandbox does not run
+_CODE = ERROR_CODE.encode()
+_OF_SERVER = {404, 409, 410, 421, 503}  # statuses of errors of the server, beside those of the program
 
 
 def target_of(scope: Scope, domain: str) -> tuple[int, str] | None:
@@ -38,19 +39,22 @@ async def forward(
     if scope["type"] != "http":
         await data(inner, receive, send)
         return
-    replaced: Answer | None = None
+    held: MutableMapping[str, Any] | None = None  # the head of an error of the server, and its body
+    body = b""
 
     async def take(message: MutableMapping[str, Any]) -> None:
-        nonlocal replaced
-        if message["type"] == "http.response.start":
-            code = next((value for name, value in message["headers"] if name == _CODE), None)
-            if code == _CLOSED and message["status"] == 502:
-                replaced = port_closed(PortClosed(sandbox_id, port))
-            elif code is not None and message["status"] in _OF_SERVER:
-                replaced = not_running(NotRunning(sandbox_id))
-        if replaced is None:
+        nonlocal held, body
+        if message["type"] == "http.response.start" and message["status"] in _OF_SERVER:
+            held = message if any(name == _CODE for name, _ in message["headers"]) else None
+        if held is None:
             await send(message)
+        else:
+            body += message.get("body", b"")
 
     await data(inner, receive, take)
-    if replaced is not None:
-        await replaced.send(send)
+    if held is not None:
+        error = raised(body, held["status"], sandbox_id)
+        closed = isinstance(error, Unavailable) and error.message.startswith("nothing listens")
+        reply = (port_closed(PortClosed(sandbox_id, port)) if closed else failure(error)
+                 if isinstance(error, RockError) else not_running(error))  # fmt: skip
+        await reply.send(send)

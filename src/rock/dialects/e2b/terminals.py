@@ -74,13 +74,13 @@ class Terminal:
             for client in list(self._clients):
                 await client.put(message["bytes"])
         elif kind == "websocket.send":
-            told = orjson.loads(message["text"])
-            if "pid" in told and not self.started.done():
-                self.started.set_result(told["pid"])
-            elif "exit" in told:
-                self.exit_code = told["exit"]
-            elif "error" in told and not self.started.done():
-                self.started.set_exception(from_wire(told))
+            said = orjson.loads(message["text"])
+            if "pid" in said and not self.started.done():
+                self.started.set_result(said["pid"])
+            elif "exit" in said:
+                self.exit_code = said["exit"]
+            elif "error" in said and not self.started.done():
+                self.started.set_exception(from_wire(said))
         elif kind == "websocket.http.response.body" and not self.started.done():
             with contextlib.suppress(orjson.JSONDecodeError):
                 self.started.set_exception(from_wire(orjson.loads(message.get("body", b""))))
