@@ -107,14 +107,14 @@ class Control:
 
     def _view(self, request: Request, record: Record) -> dict[str, Any]:
         """The response to a create and a connect."""
-        made = {
+        caller = self._tenant(request).caller
+        return {
             "templateID": state.template_of(record), "sandboxID": record.id, "clientID": state.CLIENT,
             "envdVersion": state.ENVD_VERSION, "alias": state.template_of(record), "domain": self.domain(request),
-            "envdAccessToken": self._tokens.access(record.id, self._tenant(request).caller),
+            "envdAccessToken": self._tokens.access(record.id, caller),
+            # SDKs of the code interpreter send it to port 49999, where they send no other credential.
+            "trafficAccessToken": self._tokens.traffic(record.id, caller),
         }  # fmt: skip
-        if record.info.labels.get(state.PRIVATE):
-            made["trafficAccessToken"] = self._tokens.traffic(record.id)
-        return made
 
     def domain(self, request: Request) -> str:
         """The domain below which ports have host names. Without one it is the name of this server, so that an SDK does

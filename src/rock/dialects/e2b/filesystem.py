@@ -164,7 +164,7 @@ async def _stat_of(call: Call, path: str, follow: bool = False) -> dict[str, Any
 async def _stat_or_none(call: Call, path: str) -> dict[str, Any] | None:
     try:
         return await _stat_of(call, path, follow=True)
-    except (NotFound, InvalidConfig):  # a part of the path may be a file
+    except (NotFound, InvalidConfig, Conflict):  # a part of the path may be a file
         return None
 
 

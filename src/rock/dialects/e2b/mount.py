@@ -115,6 +115,10 @@ class E2B:
         if token and sandbox_id:
             caller = await self._tokens.caller(sandbox_id, token)
             return scope if caller is None else {**scope, GRANTED: caller}
+        traffic = headers.get(_TRAFFIC, b"").decode("latin-1")
+        if traffic and sandbox_id and headers.get(_PORT, b"") not in (b"", b"%d" % DAEMON_PORT):
+            caller = await self._tokens.sender(sandbox_id, traffic)
+            return scope if caller is None else {**scope, GRANTED: caller}
         if not scope["path"].endswith("/files") or b"signature=" not in raw or scope["type"] != "http":
             return scope
         query = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True))
@@ -135,7 +139,7 @@ class E2B:
             await _respond(scope, receive, send, not_running(NotRunning(sandbox_id)))
             return
         token = dict(scope["headers"]).get(_TRAFFIC, b"").decode("latin-1")
-        if record.info.labels.get(PRIVATE) and not self._tokens.is_traffic(sandbox_id, token):
+        if record.info.labels.get(PRIVATE) and await self._tokens.sender(sandbox_id, token) is None:
             refused = Forbidden("this sandbox allows no public traffic", hint="send its traffic access token as header "
                                 "E2B-Traffic-Access-Token")  # fmt: skip
             await _respond(scope, receive, send, failure(refused))

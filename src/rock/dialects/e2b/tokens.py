@@ -33,26 +33,30 @@ class Tokens:
 
     def access(self, sandbox_id: str, caller: Caller) -> str:
         """The token of a caller for one sandbox."""
-        token = f"rocksbx_{caller.key_id}_{self._mac('access', sandbox_id, caller.key_id)}"
+        token = self._token("access", sandbox_id, caller.key_id)
         self._note(token, sandbox_id)
         return token
 
-    def traffic(self, sandbox_id: str) -> str:
-        """The token that requests to ports carry where public traffic is not allowed."""
-        return self._mac("traffic", sandbox_id, "")
-
-    def is_traffic(self, sandbox_id: str, token: str) -> bool:
-        return hmac.compare_digest(token.encode(), self.traffic(sandbox_id).encode())
+    def traffic(self, sandbox_id: str, caller: Caller) -> str:
+        """The token of a caller for the ports of one sandbox, other than that of the daemon."""
+        return self._token("traffic", sandbox_id, caller.key_id)
 
     async def caller(self, sandbox_id: str, token: str) -> Caller | None:
-        """The caller with a token for this sandbox; None for a wrong token, or one of a revoked key."""
-        match = _TOKEN.fullmatch(token)
-        if match is None or not hmac.compare_digest(match[2], self._mac("access", sandbox_id, match[1])):
-            return None
-        found = OPERATOR if not match[1] else await self._keys.caller_with(match[1])
+        """The caller with an access token for this sandbox; None for a wrong token, or one of a revoked key."""
+        found = await self._holder("access", sandbox_id, token)
         if found is not None:
             self._note(token, sandbox_id)
         return found
+
+    async def sender(self, sandbox_id: str, token: str) -> Caller | None:
+        """The caller with a traffic token for this sandbox."""
+        return await self._holder("traffic", sandbox_id, token)
+
+    async def _holder(self, use: str, sandbox_id: str, token: str) -> Caller | None:
+        match = _TOKEN.fullmatch(token)
+        if match is None or not hmac.compare_digest(token, self._token(use, sandbox_id, match[1])):
+            return None
+        return await self._keys.caller_with(match[1]) if match[1] else OPERATOR
 
     async def signer(self, query: Mapping[str, str], operation: str, sandbox_id: str) -> tuple[str, Caller] | None:
         """(sandbox id, caller) of a signed file URL; None for a wrong or expired signature. sandbox_id: "" where the
@@ -83,7 +87,8 @@ class Tokens:
         while len(self._issued) > _ISSUED:
             self._issued.popitem(last=False)
 
-    def _mac(self, use: str, sandbox_id: str, key_id: str) -> str:
-        return hmac.digest(self._secret, f"{use}\n{sandbox_id}\n{key_id}".encode(), "sha256").hex()[:40]
+    def _token(self, use: str, sandbox_id: str, key_id: str) -> str:
+        mac = hmac.digest(self._secret, f"{use}\n{sandbox_id}\n{key_id}".encode(), "sha256")
+        return f"rocksbx_{key_id}_{mac.hex()[:40]}"
 
 
