@@ -65,6 +65,13 @@ def python_sdk() -> str:
 
 
 @pytest.fixture(scope="session")
+def charts_python() -> str:
+    """A Python with matplotlib. Skips where it cannot be installed."""
+    folder = _kept("e2b-charts", HERE / "charts.txt", sys.implementation.cache_tag or "", _install)
+    return str(folder / "bin" / "python")
+
+
+@pytest.fixture(scope="session")
 def javascript_sdk() -> Path:
     """A folder with E2B's SDKs for node. Skips where they cannot be installed."""
     if shutil.which("node") is None or shutil.which("npm") is None:

@@ -43,6 +43,7 @@ _MIMES = {
     "image/png": "png", "image/jpeg": "jpeg", "application/pdf": "pdf", "text/latex": "latex",
     "application/json": "json", "application/javascript": "javascript",
 }  # fmt: skip
+_BOX_LINES, _BOX_POINTS = 7, 5  # of a box plot of matplotlib
 _LONGEST = 8 << 20  # characters of one value of a result
 
 
@@ -222,10 +223,12 @@ def _axes_chart(axes: Any) -> dict[str, Any] | None:
     bars = [container for container in axes.containers if type(container).__name__ == "BarContainer"]
     if bars:
         return {"type": "bar", **plane, "elements": list(_bars(axes, bars))}
-    lines = [line for line in axes.get_lines() if len(line.get_xdata())]
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) or line.get_label() == "_nolegend_"]
     dots = [each for each in axes.collections if hasattr(each, "get_offsets") and len(each.get_offsets())]
     if not lines and not dots:
         return None
+    if any(line.get_label() == "_nolegend_" for line in lines):
+        return _box_chart(plane, lines, [label.get_text() for label in axes.get_xticklabels()])
     for side, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
         plane[f"{side}_ticks"] = [_plain(tick) for tick in axis.get_ticklocs()]
         plane[f"{side}_tick_labels"] = [label.get_text() for label in axis.get_ticklabels()]
@@ -237,6 +240,21 @@ def _axes_chart(axes: Any) -> dict[str, Any] | None:
     elements = [{"label": each.get_label(), "points": [[_plain(x), _plain(y)] for x, y in each.get_offsets()]}
                 for each in dots]  # fmt: skip
     return {"type": "scatter", **plane, "elements": elements}
+
+
+def _box_chart(plane: dict[str, Any], lines: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
+    """Of a box plot: its lines are, for each box, the box, two whiskers, two caps, the median and the outliers."""
+    groups = [lines[at : at + _BOX_LINES] for at in range(0, len(lines), _BOX_LINES)]
+    if any(len(group) != _BOX_LINES or len(group[0].get_ydata()) != _BOX_POINTS for group in groups):
+        return {**plane, "type": "unknown", "elements": []}
+    boxes = []
+    for number, (box, _, _, low, high, median, outliers) in enumerate(groups):
+        heights = [float(y) for y in box.get_ydata()]
+        boxes.append({"label": labels[number] if number < len(labels) else "", "min": float(low.get_ydata()[0]),
+                      "first_quartile": min(heights), "median": float(median.get_ydata()[0]),
+                      "third_quartile": max(heights), "max": float(high.get_ydata()[0]),
+                      "outliers": [_plain(y) for y in outliers.get_ydata()]})  # fmt: skip
+    return {**plane, "type": "box_and_whisker", "elements": boxes}
 
 
 def _bars(axes: Any, containers: Sequence[Any]) -> Iterator[dict[str, Any]]:

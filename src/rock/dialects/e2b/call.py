@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from rock.dialects.e2b.errors import RpcError
 from rock.dialects.e2b.native import Sandbox
-from rock.errors import NotFound
+from rock.errors import Forbidden, NotFound
 from rock.http.asgi import Request
 from rock.protocol.keys import Access
 
@@ -54,6 +54,8 @@ class Accounts:
         known = self._known.get(f"{sandbox.id} {user}")
         if known is None:
             known = (await self._of_passwd(sandbox, user) if user else None) or await self._of_image(sandbox)
+            if Access.RUN not in sandbox.caller.scopes:
+                return known
             self._known[f"{sandbox.id} {user}"] = known
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
@@ -64,7 +66,7 @@ class Accounts:
             found = await sandbox.json("execute", {"command": ["/bin/sh", "-c", _WHO], "timeout": 30.0})
             lines = str(found["stdout"]).split("\n")
             uid, gid, home = int(lines[0]), int(lines[1]), lines[2]
-        except (NotFound, ValueError, IndexError):  # an image without a shell
+        except (NotFound, ValueError, IndexError, Forbidden):  # no shell, or a key that may only read
             uid, gid, home = 0, 0, "/"
         rows = await passwd(sandbox)
         name = next((row[0] for row in rows if row[2] == str(uid)), str(uid))
