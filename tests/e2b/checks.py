@@ -201,10 +201,10 @@ def check_users(sandbox):
     assert sandbox.commands.run("id -u", user="root").stdout == "0\n"
     raised(AuthenticationException, lambda: sandbox.commands.run("true", user="no-such-user"))
     if sandbox.commands.run("id -u").stdout == "0\n":
-        assert sandbox.commands.run("id -un", user="nobody", cwd="/tmp").stdout == "nobody\n"
-        sandbox.files.write("/tmp/of-nobody/x", "1", user="nobody")
-        assert sandbox.files.get_info("/tmp/of-nobody/x").owner == "nobody"
-        assert sandbox.files.get_info("/tmp/of-nobody").owner == "nobody"
+        assert sandbox.commands.run("id -un", user="daemon", cwd="/tmp").stdout == "daemon\n"
+        sandbox.files.write("/tmp/of-daemon/x", "1", user="daemon")
+        assert sandbox.files.get_info("/tmp/of-daemon/x").owner == "daemon"
+        assert sandbox.files.get_info("/tmp/of-daemon").owner == "daemon"
 
 
 def check_streams(sandbox):

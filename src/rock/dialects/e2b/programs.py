@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ Output = asyncio.Queue[tuple[str, bytes] | Exception | None]
 KEPT = 30.0  # seconds for which the end of a program can be read
 _WAIT = 60.0  # seconds of a request that waits
 _PIECE = 128 << 10  # bytes of output in one event
-_AGAIN = 1.0
+_MOST_GATES = 4096  # above which those without requests are removed
 
 
 class Gate:
@@ -55,6 +56,10 @@ class Gate:
             if task.cancelled() and not self._open.is_set():
                 continue
             return task.result()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._open.is_set() and not self._waiting
 
     async def close(self) -> None:
         """Withdraw the requests until `reopen`."""
@@ -91,7 +96,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, Program]] = {}
-        self._gates: dict[str, Gate] = {}
+        self._gates: OrderedDict[str, Gate] = OrderedDict()
 
     async def close(self) -> None:
         """The programs continue without this server."""
@@ -102,7 +107,11 @@ class Programs:
         self._known.clear()
 
     def gate(self, sandbox_id: str) -> Gate:
-        return self._gates.setdefault(sandbox_id, Gate())
+        gate = self._gates.setdefault(sandbox_id, Gate())
+        self._gates.move_to_end(sandbox_id)
+        while len(self._gates) > _MOST_GATES and next(iter(self._gates.values())).is_idle:
+            self._gates.popitem(last=False)
+        return gate
 
     def forget(self, sandbox_id: str) -> None:
         """A sandbox has ended."""
@@ -142,7 +151,10 @@ class Programs:
             log.warning("program %s of sandbox %s: %s", program.id, program.sandbox_id, error)
         finally:
             await sandbox.close()
-            self._known.get(program.sandbox_id, {}).pop(program.id, None)
+            known = self._known.get(program.sandbox_id, {})
+            known.pop(program.id, None)
+            if not known:
+                self._known.pop(program.sandbox_id, None)
 
     async def _runs(self, sandbox: Sandbox, program: Program) -> bool:
         """Wait for the end or the time limit; whether it may still run."""
