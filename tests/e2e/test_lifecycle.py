@@ -99,7 +99,7 @@ def test_a_deadline(server: RunningServer) -> None:
         assert client.get_sandbox(sandbox.sandbox_id).cause is Cause.DEADLINE
 
 
-def test_a_changed_deadline(server: RunningServer, new_server: Callable[..., RunningServer]) -> None:
+def test_a_changed_deadline(server: RunningServer, own_server: Callable[..., RunningServer]) -> None:
     with Client(server.url) as client:
         longer, shorter = (Sandbox(config(server, timeout=3.0)) for _ in range(2))
         longer.start()
@@ -118,7 +118,7 @@ def test_a_changed_deadline(server: RunningServer, new_server: Callable[..., Run
         assert longer.execute("echo here").stdout == "here\n"  # the timeout of its config is over
         assert client.update_sandbox(str(longer.sandbox_id), timeout=None).deadline == 0
         longer.stop()
-    restarted = new_server()
+    restarted = own_server()
     kept = Sandbox(config(restarted))
     kept.start()
     with Client(restarted.url) as client:

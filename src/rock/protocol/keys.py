@@ -193,9 +193,9 @@ def digest_of(key: bytes) -> str | None:
 
 class AuditEntry(Wire):
     """One call. number: grows with each entry. at: seconds since the epoch. tenant, key_id: of the key; both "" for the
-    server's owner. action: the name of the route in protocol/rows.py, `rock:CALL` and `e2b:CALL` for calls of dialects, or login
-    and logout of the web page. target: the id or name of the changed resource; "" where the call failed before it had
-    one. status: of the HTTP response; 0 where the connection ended first. address: of the client."""
+    server's owner. action: the name of the route in protocol/rows.py, `rock:CALL` and `e2b:CALL` for calls of dialects,
+    or login and logout of the web page. target: the id or name of the changed resource; "" where the call failed before
+    it had one. status: of the HTTP response; 0 where the connection ended first. address: of the client."""
 
     model_config = ConfigDict(extra="ignore")  # fields of a newer server are ignored
 
