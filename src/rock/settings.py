@@ -32,6 +32,11 @@ running operations when the server in front of it is gone |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine use HTTP for environments too |
 | ROCK_ENV_SHARED | 1 | 0: large responses to such clients use the pipes too, and not shared memory |
 | ROCK_DIALECT_NETWORK | nat | default network of the ROCK dialect: none, nat, host or bridge |
+| ROCK_E2B | on | off: no E2B dialect, and no route below /e2b: docs/integrations/e2b.md |
+| ROCK_E2B_IMAGE | host | image of E2B's template "base" |
+| ROCK_E2B_NETWORK | nat | network of E2B sandboxes with internet access: none, nat, host or bridge |
+| ROCK_E2B_MEMORY, ROCK_E2B_CPUS | 2g, 2 | limits of E2B sandboxes |
+| ROCK_E2B_DOMAIN | none | domain below which ports of E2B sandboxes have host names, PORT-ID.DOMAIN, without a key |
 | ROCK_GATEWAY | on | off: the server has no model gateway (/v1/runs, /gateway) |
 | ROCK_GATEWAY_RETAIN | 604800 | seconds for which an ended run and its recorded calls are kept |
 | ROCK_GATEWAY_RUNS | 10000 | maximum runs of one tenant; above it the oldest ended run is deleted |
@@ -354,6 +359,12 @@ class Settings:
     live_config: str = field(default="", repr=False)
     env_lease: float = 50.0
     dialect_network: str = "nat"
+    e2b: str = "on"
+    e2b_image: str = "host"
+    e2b_network: str = "nat"
+    e2b_memory: str = "2g"
+    e2b_cpus: float = 2.0
+    e2b_domain: str = ""
     gateway: str = "on"
     gateway_retain: float = 604_800.0
     gateway_runs: int = 10_000
@@ -476,6 +487,12 @@ class Settings:
             ("live_config", str),
             ("env_lease", float),
             ("dialect_network", str),
+            ("e2b", str),
+            ("e2b_image", str),
+            ("e2b_network", str),
+            ("e2b_memory", str),
+            ("e2b_cpus", float),
+            ("e2b_domain", str),
             ("gateway", str),
             ("gateway_retain", float),
             ("gateway_orphan", float),
@@ -506,13 +523,16 @@ class Settings:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between 0 and {most}")
         if values.get("gateway", "on") not in ("on", "off"):
             raise ValueError(f"ROCK_GATEWAY={values['gateway']!r} is neither on nor off")
-        network = values.get("dialect_network", "nat")
-        if network not in ("none", "nat", "host", "bridge"):
-            raise ValueError(f"ROCK_DIALECT_NETWORK={network!r} is none of none, nat, host and bridge")
-        if values.get("tunnel", "off") not in ("on", "off"):
-            raise ValueError(f"ROCK_TUNNEL={values['tunnel']!r} is neither on nor off")
-        if values.get("ui", "on") not in ("on", "off"):
-            raise ValueError(f"ROCK_UI={values['ui']!r} is neither on nor off")
+        for name in ("dialect_network", "e2b_network"):
+            network = values.get(name, "nat")
+            if network not in ("none", "nat", "host", "bridge"):
+                raise ValueError(f"ROCK_{name.upper()}={network!r} is none of none, nat, host and bridge")
+        cpus = values.get("e2b_cpus", 2.0)
+        if not isinstance(cpus, int | float) or not 0 < cpus <= 4096:
+            raise ValueError(f"ROCK_E2B_CPUS={cpus} is not above 0 and at most 4096")
+        for name, usual in (("ui", "on"), ("e2b", "on"), ("tunnel", "off")):
+            if values.get(name, usual) not in ("on", "off"):
+                raise ValueError(f"ROCK_{name.upper()}={values[name]!r} is neither on nor off")
         days = values.get("audit_days", 90.0)
         if not isinstance(days, int | float) or not 0 <= days <= 36500:
             raise ValueError(f"ROCK_AUDIT_DAYS={days} is not between 0 and 36500")

@@ -1,6 +1,7 @@
 """Every route of the server, with no key, a wrong one, one that may only read, and another tenant's.
 
-The routes are those of the OpenAPI page, of the wire table (for WebSockets), of ROCK's dialect and of training sets.
+The routes are those of the OpenAPI page, of the wire table (for WebSockets), of the dialects of ROCK and E2B, and of
+training sets.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from websockets.sync.client import connect
 
 from rock.admin.api import agentscope
 from rock.admin.api.rock_v1 import GEM, ROCKLET, SANDBOXES, commands, environments, files, rocklet, sandboxes
+from rock.dialects.e2b import PREFIX as E2B
+from rock.dialects.e2b.control import Control
 from rock.protocol.keys import Access, CreateKey
 from rock.protocol.routes import METHODS, ROUTES
 from rock.sync import Client, Sandbox, SandboxConfig
 
 # Routes that are about no sandbox that is named: they make one, or change what all share.
 _MAKES = {"/v1/sandboxes", "/v1/groups", "/v1/envs", "/v1/envs/add", "/v1/envs/build", f"{SANDBOXES}/start",
-          f"{SANDBOXES}/start_async", f"{GEM}/make", "/env/register", "/env/delete", "/v1/keys",
+          f"{SANDBOXES}/start_async", f"{GEM}/make", f"{E2B}/v2/sandboxes", f"{E2B}/sandboxes",
+          "/env/register", "/env/delete", "/v1/keys",
           "/v1/keys/{key_id}", "/v1/volumes", "/v1/workers", "/v1/workers/{worker}/beat"}  # fmt: skip
 
 
@@ -49,6 +53,8 @@ def dialect() -> Iterator[Row]:
         (GEM, environments.Gem(nothing, nothing).routes()), ("", environments.EnvHub(nothing).routes()),
     ):  # fmt: skip
         yield from (Row(method, prefix + path, access) for method, path, _, access in routes)
+    yield from (Row(method, E2B + path, access)
+                for method, path, _, access in Control(nothing, nothing, nothing, nothing).rows())  # fmt: skip
     yield Row("GET", f"{agentscope.PREFIX}/healthz", Access.READ)
     for name in ("get_env_profile", "create", "step", "evaluate", "get_info", "release"):
         yield Row("POST", f"{agentscope.PREFIX}/{name}", Access.RUN)
@@ -84,7 +90,7 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
     path = row.path.format(sandbox_id=sandbox_id, box=sandbox_id, session="default", process_id="1", port="8000",
                            rest="x", env="1", owner="x" * 16, key_id="x", worker="x", group_id=sandbox_id,
                            volume=sandbox_id, upstream="x", run="x", snapshot="x", job_id="0" * 16,
-                           number="1")  # fmt: skip
+                           number="1", template="x", alias="x", hash="x", build="x", secret="x")  # fmt: skip
     named = f"{sandbox_id}/1/game:Sokoban-v0-easy" if row.path.startswith(GEM) else sandbox_id
     body: dict[str, Any] = {
         "sandbox_id": named, "sandbox_ids": [sandbox_id], "command": "touch /tmp/was-here", "path": "/tmp/was-here",
@@ -98,6 +104,8 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
         name = "image_tag" if "commit" in row.path else "name" if row.method == "PATCH" else "command"
         name = {"checkpoint": "wait", "fork": "wait", "rollback": "snapshot"}.get(last, name)
         body = {name: body[name]}
+    if row.path.startswith(E2B):
+        body = {}
     query = "?path=/tmp/was-here"
     if row.method == "GET":
         query += f"&sandbox_id={sandbox_id}&id=game:Sokoban-v0-easy"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
+from tests.waiting import until
 
 from rock.errors import (
     Conflict,
@@ -96,6 +97,36 @@ def test_a_deadline(server: RunningServer) -> None:
     assert seen is not None and time.time() - began < 3
     with Client(server.url) as client:
         assert client.get_sandbox(sandbox.sandbox_id).cause is Cause.DEADLINE
+
+
+def test_a_changed_deadline(server: RunningServer, own_server: Callable[..., RunningServer]) -> None:
+    with Client(server.url) as client:
+        longer, shorter = (Sandbox(config(server, timeout=3.0)) for _ in range(2))
+        longer.start()
+        shorter.start()
+        info = client.update_sandbox(str(longer.sandbox_id), timeout=600)
+        assert info.deadline is not None and 590 < info.deadline - time.time() <= 600
+        assert abs((longer.info().auto_stop_at or 0) - info.deadline) < 1
+        client.update_sandbox(str(shorter.sandbox_id), timeout=0.2)
+        until(lambda: client.get_sandbox(str(shorter.sandbox_id)).state is State.STOPPED, 30)
+        assert client.get_sandbox(str(shorter.sandbox_id)).cause is Cause.DEADLINE
+        with pytest.raises(Conflict, match="it has no deadline"):
+            client.update_sandbox(str(shorter.sandbox_id), timeout=5)
+        with pytest.raises(InvalidConfig):
+            client.update_sandbox(str(longer.sandbox_id), timeout=-1)
+        time.sleep(max(0.0, 3.2 - (time.time() - (longer.info().started_at or 0))))
+        assert longer.execute("echo here").stdout == "here\n"  # the timeout of its config is over
+        assert client.update_sandbox(str(longer.sandbox_id), timeout=None).deadline == 0
+        longer.stop()
+    restarted = own_server()
+    kept = Sandbox(config(restarted))
+    kept.start()
+    with Client(restarted.url) as client:
+        client.update_sandbox(str(kept.sandbox_id), timeout=4)
+        restarted.kill()
+        restarted.start()
+    with Client(restarted.url) as client:
+        until(lambda: client.get_sandbox(str(kept.sandbox_id)).cause is Cause.DEADLINE, 30)
 
 
 def test_a_sandbox_that_dies_under_a_call(server: RunningServer) -> None:

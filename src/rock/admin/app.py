@@ -160,7 +160,7 @@ class Admin:
             return native.build(tenant_services, self.keys, self.service, environments, guarded=bool(settings.api_key))
 
         rest = RockV1(tenant_services, data, self.catalogue, settings.dialect_network).over(guarded(LazyApp(pages)))
-        self._tenant_services = tenant_services
+        self.tenant_services = tenant_services
         # The busiest routes are matched first.
         about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers, tunnels)
         self.audit = Audit(lambda: store.access, settings.audit_days)
@@ -170,7 +170,7 @@ class Admin:
 
     async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
         """NotFound for a sandbox that the caller of a request does not own."""
-        await self._tenant_services(scope).get(sandbox_id)
+        await self.tenant_services(scope).get(sandbox_id)
 
     async def open(self) -> None:
         """Open the store and settle the unfinished operations of an earlier run."""

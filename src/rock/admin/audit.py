@@ -30,9 +30,10 @@ _DAY = 86400.0
 _MOST_HELD = 20_000  # entries while the store is away
 _LONGEST = 200  # characters of a target
 _DIALECT = ("/apis/envs/sandbox/v1/", "/apis/v1/envs/gem/", "/apis/training/", "/env/")
+_E2B = "/e2b/"
 _WORKERS_OWN = ("join_worker", "beat_worker")
 _TARGETS = ("sandbox_id", "group_id", "key_id", "worker", "volume")
-_ANSWERED = re.compile(rb'"(?:sandbox_id|group_id|id|name)":"([^"\\]{1,200})"')
+_ANSWERED = re.compile(rb'"(?:sandbox_id|sandboxID|group_id|id|name)":"([^"\\]{1,200})"')
 _FILTERS = ("tenant", "key_id", "action", "target")
 
 
@@ -102,6 +103,9 @@ class Audit:
         for prefix in _DIALECT:
             if path.startswith(prefix):
                 return f"rock:{path.removeprefix(prefix)[:60]}", ""
+        if path.startswith(_E2B) and not any(name == b"e2b-sandbox-id" for name, _ in scope["headers"]):
+            parts = path.removeprefix(_E2B).removeprefix("v2/").split("/")
+            return f"e2b:{'/'.join([parts[0], *parts[2:]])[:60]}", parts[1][:_LONGEST] if len(parts) > 1 else ""
         return None
 
     def note(self, scope: Scope, caller: Caller, action: str, status: int, target: str = "") -> None:

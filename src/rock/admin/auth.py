@@ -20,7 +20,7 @@ from rock.http.asgi import App, Receive, Scope, Send, deny, failure
 from rock.http.fair_queue import PLACE, FairQueue
 from rock.http.forwarding import RemoteApp, first_reached
 from rock.http.peers import PEER
-from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of, pod_of
+from rock.protocol.keys import CALLER, GRANTED, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of, pod_of
 from rock.protocol.routes import HANDED_ON, OTHER_KEY, Role, role_for
 from rock.telemetry.context import CURRENT
 
@@ -101,6 +101,9 @@ class Authenticated:
         is_open = scope["type"] == "http" and scope["path"] in _OPEN
         if self._names is not None and not is_open:
             check_host(scope, self._names)
+        granted = scope.get(GRANTED)
+        if isinstance(granted, Caller):
+            return granted
         digest = scope.get(PAGE_KEY)
         if digest:
             if (caller := await self._holder_of(digest)) is not None:

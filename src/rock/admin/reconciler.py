@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 from rock.admin.machines import Machines
-from rock.admin.sandboxes.lifecycle import Effect, Event, life_began
+from rock.admin.sandboxes.lifecycle import Effect, Event, deadline_of, life_began
 from rock.admin.sandboxes.service import Service
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
@@ -371,8 +371,8 @@ class Reconciler:
             return
         config, now = record.config, time.time()
         times = [now + config.auto_clear_seconds] if config.auto_clear_seconds else []
-        if config.timeout is not None:
-            times.append((record.info.started_at or now) + config.timeout)
+        if (deadline := deadline_of(record)) is not None:
+            times.append(deadline)
         if times:
             self._push(min(times), record.id)
 
@@ -417,8 +417,10 @@ class Reconciler:
                 return
             self._unfinished.discard(sandbox_id)
             config, now = record.config, time.time()
-            if config.timeout is not None and now >= (record.info.started_at or now) + config.timeout:
-                await self.service.stop(sandbox_id, Cause.DEADLINE, f"its time of {config.timeout:g} s was over")
+            deadline = deadline_of(record)
+            if deadline is not None and now >= deadline:
+                lived = deadline - (record.info.started_at or deadline)
+                await self.service.stop(sandbox_id, Cause.DEADLINE, f"its time of {lived:.6g} s was over")
                 return
             found = await self._find(record)
             if found is None:
@@ -427,8 +429,8 @@ class Reconciler:
             if left <= 0:
                 await self.service.stop(sandbox_id, Cause.IDLE, f"it was idle for {config.auto_clear_seconds} s")
                 return
-            if config.timeout is not None:
-                left = min(left, (record.info.started_at or now) + config.timeout - now)
+            if deadline is not None:
+                left = min(left, deadline - now)
             if left != float("inf"):
                 self._push(now + left, sandbox_id)
         except NotFound:

@@ -197,10 +197,13 @@ class TenantService:
         return await self._service.stop(sandbox_id)
 
     async def update(self, sandbox_id: str, change: UpdateSandbox) -> SandboxInfo:
-        """Change the name or the labels. NotFound, Conflict."""
+        """Change the name, the labels or the deadline. NotFound, Conflict."""
         await self._own(sandbox_id)
-        fields = change.model_dump(include=change.model_fields_set)
-        return (await self._service.records.amend(sandbox_id, **fields)).info
+        fields = change.model_dump(include=change.model_fields_set - {"timeout"})
+        if "timeout" not in change.model_fields_set:
+            return (await self._service.records.amend(sandbox_id, **fields)).info
+        deadline = 0.0 if change.timeout is None else time.time() + change.timeout
+        return await self._service.set_deadline(sandbox_id, deadline, fields)
 
     async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
         await self._own(sandbox_id)
@@ -269,6 +272,7 @@ class Keys:
         self._guarded = guarded
         self._quotas = quotas
         self._seen: OrderedDict[str, tuple[float, Caller, str]] = OrderedDict()  # (expiry, caller, id) by digest
+        self._by_id: OrderedDict[str, tuple[float, Caller]] = OrderedDict()  # (expiry, caller)
         self.on_revoked: list[Callable[[str], None]] = []
 
     async def check_guarded(self) -> None:
@@ -300,9 +304,13 @@ class Keys:
         info = await self._store.revoke_key(key_id, time.time())
         for digest in [digest for digest, (_, _, known) in self._seen.items() if known == key_id]:
             del self._seen[digest]
+        self._by_id.pop(key_id, None)
         for listener in self.on_revoked:
             listener(key_id)
         return info
+
+    def _caller_with(self, info: KeyInfo) -> Caller:
+        return Caller(info.tenant, frozenset(info.scopes), self._quota(info), info.id)
 
     def _quota(self, info: KeyInfo) -> Quota | None:
         """The quota of a key: that of the configuration for its tenant, else its own, else the default."""
@@ -313,6 +321,7 @@ class Keys:
     def reread(self) -> None:
         """The quotas have changed."""
         self._seen.clear()
+        self._by_id.clear()
 
     async def is_tenant(self, name: str) -> bool:
         """Whether a key was ever made for it."""
@@ -323,6 +332,22 @@ class Keys:
         digest = digest_of(key)
         return None if digest is None else await self.caller_of(digest)
 
+    async def caller_with(self, key_id: str) -> Caller | None:
+        """The caller with the key of this id; None for an unknown or revoked one."""
+        now = time.monotonic()
+        found = self._by_id.get(key_id)
+        if found is not None and found[0] > now:
+            return found[1]
+        info = next((one for one in await self._store.keys() if one.id == key_id and one.revoked_at is None), None)
+        if info is None:
+            self._by_id.pop(key_id, None)
+            return None
+        caller = self._caller_with(info)
+        self._by_id[key_id] = now + _FRESH, caller
+        while len(self._by_id) > _REMEMBERED:
+            self._by_id.popitem(last=False)
+        return caller
+
     async def caller_of(self, digest: str) -> Caller | None:
         """The caller with the key of this digest; None for an unknown or revoked one."""
         found = self._seen.get(digest)
@@ -332,7 +357,7 @@ class Keys:
         if info is None or info.revoked_at is not None:
             self._seen.pop(digest, None)
             return None
-        caller = Caller(info.tenant, frozenset(info.scopes), self._quota(info), info.id)
+        caller = self._caller_with(info)
         self._seen[digest] = (time.monotonic() + _FRESH, caller, info.id)
         self._seen.move_to_end(digest)
         while len(self._seen) > _REMEMBERED:

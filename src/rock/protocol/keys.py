@@ -21,6 +21,7 @@ from rock.protocol.wire import Wire
 
 TENANT_PATTERN = r"^[a-z][a-z0-9]{0,31}$"
 CALLER = "rock.caller"  # in an ASGI scope: a Caller
+GRANTED = "rock.granted"  # in an ASGI scope: a Caller that a dialect has authenticated by a credential of its own
 _KEY = re.compile(rb"rock_([a-z][a-z0-9]{0,31})_[A-Za-z0-9_-]{43}")
 
 
@@ -192,9 +193,9 @@ def digest_of(key: bytes) -> str | None:
 
 class AuditEntry(Wire):
     """One call. number: grows with each entry. at: seconds since the epoch. tenant, key_id: of the key; both "" for the
-    server's owner. action: the name of the route in protocol/rows.py, `rock:CALL` for calls of ROCK's dialect, or login
-    and logout of the web page. target: the id or name of the changed resource; "" where the call failed before it had
-    one. status: of the HTTP response; 0 where the connection ended first. address: of the client."""
+    server's owner. action: the name of the route in protocol/rows.py, `rock:CALL` and `e2b:CALL` for calls of dialects,
+    or login and logout of the web page. target: the id or name of the changed resource; "" where the call failed before
+    it had one. status: of the HTTP response; 0 where the connection ended first. address: of the client."""
 
     model_config = ConfigDict(extra="ignore")  # fields of a newer server are ignored
 

@@ -130,6 +130,7 @@ BUILD = ROUTES["build_image"].path
 _CALLS = ROUTES["cancel_call"].path.partition("{")[0]
 _CONTROL = {"stop", "pause", "resume", "restart", "archive", "commit", "connections", "checkpoint", "rollback", "fork"}
 _ROCK, _GEM, _TRAINING = "/apis/envs/sandbox/v1/", "/apis/v1/envs/gem/", "/apis/training/"
+_E2B, _E2B_WRITES = "/e2b/", ("v2/sandboxes", "sandboxes", "templates", "v2/templates", "v3/templates")
 _ROCK_WRITES = {"start", "start_async", "stop", "delete", "restart", "commit"}
 _ROCK_EITHER = {"sandboxes/batch"}
 
@@ -151,6 +152,10 @@ def role_for(method: str, path: str) -> Role | None:
         return "read"
     if path.startswith(_ROCK):
         return _of_rock(method, path.removeprefix(_ROCK))
+    if path.startswith(_E2B):
+        return _of_e2b(method, path.removeprefix(_E2B))
+    if path == "/files":
+        return "read"  # a signed URL of E2B
     if path.startswith(_GEM):
         return "write" if path.endswith("/make") else "read"
     if path.startswith((_TRAINING, "/env/", "/v1/envs")):
@@ -162,6 +167,13 @@ def role_for(method: str, path: str) -> Role | None:
     if path == "/v1/workers" or (path.startswith("/v1/workers/") and path.endswith("/beat")):
         return None
     return None if method in ("GET", "HEAD", "OPTIONS") else "write"
+
+
+def _of_e2b(method: str, rest: str) -> Role | None:
+    """A request of the E2B dialect: changes of sandboxes are for the writer, requests into them for the reader."""
+    if method in ("GET", "HEAD", "OPTIONS") and rest not in ("files", "contexts"):
+        return None
+    return "write" if rest.startswith(_E2B_WRITES) else "read"
 
 
 def _of_rock(method: str, rest: str) -> Role | None:

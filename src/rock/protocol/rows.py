@@ -388,7 +388,7 @@ def data_rows() -> Iterator[Route]:
         _S + "/terminal",
         "data",
         "Interactive program with a terminal",
-        "?rows ?columns ?command ?user ?cwd ?term",
+        "?rows ?columns ?command ?user ?cwd ?term ?pid",
     )
     # ports
     yield Route(

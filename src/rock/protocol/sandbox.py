@@ -426,10 +426,15 @@ class ArchivedFiles(Wire):
 
 class UpdateSandbox(Inside):
     """Changes of a sandbox's record, in any state. Only the given fields change: a name of None removes the name, and
-    labels replace all labels. Conflict when another sandbox that runs has the name."""
+    labels replace all labels. Conflict when another sandbox that runs has the name.
+
+    timeout: seconds from now after which it is stopped in any case, instead of the `timeout` of its config; None is
+    never. Conflict when it is neither pending nor running. A restart applies the timeout of the config again.
+    """
 
     name: str | None = Field(default=None, pattern=NAME_PATTERN)
     labels: dict[str, str] = Field(default_factory=dict)
+    timeout: float | None = Field(default=None, gt=0, le=_LONGEST, allow_inf_nan=False)
 
 
 class CommitRequest(Inside):
@@ -498,6 +503,7 @@ class SandboxInfo(Wire):
     paused_at: time of the pause, while it is paused.
     kept: it is stopped, and its files are on its worker: it can be restarted. archive: the files are in the archive.
     commit: the last commit of it to an image.
+    deadline: the time of its stop, where an update has replaced the timeout of its config; 0 is never.
     auto_stop_at, auto_archive_at, auto_delete_at: times of the automatic actions, as of now.
     tenant: of the key that made it; "" is the server's owner.
     group: the group that it was created with; gang: all of that group start, or none.
@@ -540,6 +546,7 @@ class SandboxInfo(Wire):
     paused_at: float | None = None
     stopped_at: float | None = None
     last_activity_at: float | None = None
+    deadline: float | None = None
     auto_stop_at: float | None = None
     auto_archive_at: float | None = None
     auto_delete_at: float | None = None

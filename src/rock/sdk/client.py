@@ -44,6 +44,7 @@ class SandboxChange(TypedDict, total=False):
 
     name: str | None
     labels: dict[str, str]
+    timeout: float | None
 
 
 class Client(primitives.Face):
@@ -78,7 +79,8 @@ class Client(primitives.Face):
 
     async def update_sandbox(self, sandbox_id: str, **fields: Unpack[SandboxChange]) -> SandboxInfo:
         """Change the name or the labels of a sandbox in any state: `name=None` removes the name, `labels` replaces all
-        labels. NotFound; Conflict when another sandbox that has not ended has the name."""
+        labels. `timeout`: seconds from now after which it is stopped in any case; None is never. NotFound; Conflict
+        when another sandbox that has not ended has the name, and for a timeout of one that does not run."""
         body = UpdateSandbox(**fields).model_dump(include=set(fields))
         return parse(SandboxInfo, await self.transport.json("PATCH", path("update_sandbox", sandbox_id), body))
 

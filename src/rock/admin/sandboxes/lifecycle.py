@@ -223,8 +223,8 @@ def seen(record: Record, found: NodeSandbox) -> SandboxInfo:
     last = time.time() - found.idle_seconds
     idle = None if found.paused else record.config.auto_clear_seconds
     deadlines = [last + idle] if idle else []
-    if record.config.timeout is not None and record.info.started_at is not None:
-        deadlines.append(record.info.started_at + record.config.timeout)
+    if (deadline := deadline_of(record)) is not None:
+        deadlines.append(deadline)
     return record.info.model_copy(
         update={
             "is_alive": found.alive,
@@ -233,6 +233,14 @@ def seen(record: Record, found: NodeSandbox) -> SandboxInfo:
             "usage": found.usage,
         }
     )
+
+
+def deadline_of(record: Record) -> float | None:
+    """The time at which a sandbox is stopped in any case; None is never, or not before its start."""
+    info, timeout = record.info, record.config.timeout
+    if info.deadline is not None:
+        return info.deadline or None
+    return None if timeout is None or info.started_at is None else info.started_at + timeout
 
 
 def life_began(info: SandboxInfo) -> float:
@@ -267,7 +275,7 @@ def stamped(record: Record, event: Event, state: State, key: str | None, fields:
 
 
 _NEW_LIFE: dict[str, Any] = dict.fromkeys(
-    ("cause", "reason", "error", "stopped_at", "auto_archive_at", "auto_delete_at", "usage"), None
+    ("cause", "reason", "error", "stopped_at", "auto_archive_at", "auto_delete_at", "usage", "deadline"), None
 ) | {"phases": {}}
 
 

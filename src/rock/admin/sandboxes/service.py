@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from typing import Any
 
 from rock import faults
 from rock.admin.sandboxes import lifecycle
@@ -242,6 +243,21 @@ class Service:
     async def _noted(self, record: Record, paused_at: float | None) -> SandboxInfo:
         if record.info.paused_at != paused_at:
             record = await self.records.amend(record.id, when=State.RUNNING, paused_at=paused_at)
+        return record.info
+
+    # ---- deadline ----
+
+    async def set_deadline(self, sandbox_id: str, deadline: float, fields: dict[str, Any]) -> SandboxInfo:
+        """Replace the deadline of a sandbox that starts or runs, and change `fields` of its record. deadline: seconds
+        since the epoch; 0 is never. Conflict in any other state."""
+        record = await self.records.load(sandbox_id)
+        if record.state in (State.PENDING, State.RUNNING):
+            record = await self.records.amend(sandbox_id, when=record.state, deadline=deadline, **fields)
+        if record.info.deadline != deadline:
+            raise Conflict(f"sandbox {sandbox_id} is {record.state.value}: it has no deadline", sandbox_id=sandbox_id,
+                           hint="only a sandbox that starts or runs has one")  # fmt: skip
+        for begin in self.records.on_effect[Effect.SCHEDULE]:
+            begin(record)
         return record.info
 
     # ---- stop ----

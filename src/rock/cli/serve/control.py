@@ -21,6 +21,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.batching import CreateBatch
 from rock.admin.workers.client import FENCE, Transport, WireWorker, Worker
 from rock.admin.workers.registry import Reached, WorkerRegistry
+from rock.cli.serve.dialects import e2b_of
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway, endpoint_of
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
@@ -255,6 +256,9 @@ class Control:
         if settings.gateway == "on" and role != "read":
             self.gateway = ServerGateway(settings, self._proxy, self.admin)
             self._routes = self.gateway.over(self.admin.app)
+        self.e2b = e2b_of(settings, self.admin, store, self._proxy)
+        if self.e2b is not None:
+            self._routes = self.e2b.over(self._routes)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
                               settings.api_key, self.admin.keys, settings.worker_key,
@@ -270,6 +274,7 @@ class Control:
                 app = endpoint_of(self._remote_gateway, app)
         elif role == "write":
             app = RoleFilter(app, "write", self._others(settings.reader), refusal_of(checked))
+        app = app if self.e2b is None else self.e2b.before_authentication(app)
         self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
 
     def _others(self, text: str) -> list[RemoteApp]:
@@ -317,6 +322,8 @@ class Control:
                 await self.gateway.close()
             if self._remote_gateway is not None:
                 await self._remote_gateway.close()
+            if self.e2b is not None:
+                await self.e2b.close()
             for remote in self._remotes:
                 await remote.close()
             if self.page is not None:

@@ -27,6 +27,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
 from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, page_of, reach_with
+from rock.cli.serve.dialects import e2b_of
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
@@ -264,12 +265,16 @@ class Server:
             self.gateway = ServerGateway(settings, self._proxy, self.admin)
             self._routes = self.gateway.over(self.admin.app)
             self.node.gateway = self.gateway.endpoint
+        self.e2b = e2b_of(settings, self.admin, self.store, self._proxy)
+        if self.e2b is not None:
+            self._routes = self.e2b.over(self._routes)
         self.page = page_of(settings, self.admin, self.store)
         routed = self.admin.audit.over(self.admin.configuration.over(self._route))
         checked = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
                               settings.api_key, self.admin.keys, settings.worker_key,
                               **door_of(settings, self.home))  # fmt: skip
         app: App = self.page.over(checked) if self.page else checked
+        app = app if self.e2b is None else self.e2b.before_authentication(app)
         self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -308,6 +313,8 @@ class Server:
         """Stop serving; sandboxes survive and are found again by the next server."""
         if self.gateway is not None:
             await self.gateway.close()
+        if self.e2b is not None:
+            await self.e2b.close()
         if self.page is not None:
             await self.page.close()
         await self.admin.close()

@@ -29,6 +29,8 @@ def handler(node: Node) -> SocketHandler:
         with sandbox.active():
             process = await _start(sandbox, request, size)
             try:
+                if request.flag("pid"):
+                    await send({"type": "websocket.send", "text": orjson.dumps({"pid": process.pid}).decode()})
                 await _Bridge(process, receive, send).run()
             finally:
                 await process.kill_tree()
