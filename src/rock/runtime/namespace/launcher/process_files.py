@@ -81,10 +81,11 @@ def mount_of(path: str) -> int:
 
 
 def _mount(path: str) -> int:
-    return int(_info(path).get("mnt_id", "-1"))
+    return int(fields_of(path).get("mnt_id", "-1"))
 
 
-def _info(path: str) -> dict[str, str]:
+def fields_of(path: str) -> dict[str, str]:
+    """The lines of a file of /proc as names and values."""
     found: dict[str, str] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -134,10 +135,11 @@ class _Name:
         self._pid = pid
 
     def __str__(self) -> str:
-        return _name(self._pid)
+        return label(self._pid)
 
 
-def _name(pid: int) -> str:
+def label(pid: int) -> str:
+    """How a process is named in a report: its number inside, and its command line."""
     text = b""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
         text = file.read(200).replace(b"\0", b" ").strip()
@@ -152,7 +154,7 @@ def _inside(pid: int) -> str:
 
 def status(pid: int) -> dict[str, str]:
     """The lines of /proc/PID/status."""
-    return _info(f"/proc/{pid}/status")
+    return fields_of(f"/proc/{pid}/status")
 
 
 def _filters(pid: int) -> str:
@@ -165,7 +167,7 @@ def _filters(pid: int) -> str:
 def own_filters(counts: Mapping[int, str], first: int) -> list[str]:
     """Processes with more filters than the least of all but pid 1, which has its own number."""
     least = min((int(text) for pid, text in counts.items() if pid != first and text.isdigit()), default=0)
-    return [f"{_name(pid)} has a system call filter of its own" for pid, text in counts.items()
+    return [f"{label(pid)} has a system call filter of its own" for pid, text in counts.items()
             if pid != first and text != str(least)]  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def _files(pid: int, name: _Name, replaced: Mapping[int, str], problems: list[st
             problems.append(f"{name} watches files with inotify (descriptor {number})")
         if not target.startswith("/"):
             continue
-        data = _info(f"/proc/{pid}/fdinfo/{number}")
+        data = fields_of(f"/proc/{pid}/fdinfo/{number}")
         if int(data.get("mnt_id", "-1")) not in replaced:
             continue
         flags, offset, info = int(data["flags"], 8), int(data["pos"]), os.stat(link)
@@ -235,7 +237,7 @@ def shared(found: Sequence[Found]) -> list[str]:
                 continue
             others = known.setdefault((file.path, file.flags), [])
             if any(_same(one.pid, file.number, pid, number) for pid, number in others):
-                problems.append(f"{_name(one.pid)} shares the open file {file.path[:200]!r} with another process")
+                problems.append(f"{label(one.pid)} shares the open file {file.path[:200]!r} with another process")
                 break
             others.append((one.pid, file.number))
     return problems
