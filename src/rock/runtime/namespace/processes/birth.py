@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 from rock.guest.init import process_tree
 from rock.runtime.namespace.launcher import kernel
 from rock.runtime.namespace.limits import cgroups
+from rock.runtime.namespace.processes import capture, state
 from rock.runtime.namespace.processes.state import Process, Tree
 
 _CLONE3 = 435
 _PR_SET_DUMPABLE = 4
 _HIGHEST_PID = 4_000_000
+_DONTFORK, _DOFORK = 10, 11  # of madvise
 _PATIENCE = 20.0  # seconds
 _NAMESPACES = (kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
                | kernel.CLONE_NEWCGROUP)  # fmt: skip
@@ -68,9 +70,11 @@ def clone(pid: int) -> int:
     return made
 
 
-def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int) -> list[Born]:
-    """Start the processes of a tree. descriptors: ours, by index of the description. gate: the reading end of a pipe;
-    processes that are not rebuilt exit when its other end closes. Failed, OSError; nothing is left then."""
+def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int,
+          memory: int) -> list[Born]:
+    """Start the processes of a tree. memory: the address of its pages in this process. descriptors: ours, by index of
+    the description. gate: the reading end of a pipe; processes that are not rebuilt exit when its other end closes.
+    Failed, OSError; nothing is left then."""
     init = os.pidfd_open(target.pid)
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -87,7 +91,7 @@ def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int)
         try:
             entrant = clone(number)
             if entrant == 0:
-                _enter(tree, target, init, theirs, gate, descriptors, lowest)
+                _enter(tree, target, memory, init, theirs, gate, descriptors, lowest)
         finally:  # the entrant never gets here
             kernel.setns(own, kernel.CLONE_NEWPID)
         theirs.close()
@@ -149,8 +153,8 @@ def _await_exit(pid: int) -> None:
 # ---- in the new processes; none of these functions returns ----
 
 
-def _enter(tree: Tree, target: Target, init: int, theirs: socket.socket, gate: int, descriptors: Mapping[int, int],
-           lowest: int) -> None:
+def _enter(tree: Tree, target: Target, memory: int, init: int, theirs: socket.socket, gate: int,
+           descriptors: Mapping[int, int], lowest: int) -> None:
     """The entrant: enters the sandbox, starts the first process of each program, and exits."""
     sync = theirs.fileno()
     try:
@@ -164,8 +168,8 @@ def _enter(tree: Tree, target: Target, init: int, theirs: socket.socket, gate: i
         sync, gate, init = fds[-3:]
         kernel.setns(init, _NAMESPACES)
         for one in tree.processes:
-            if one.parent == 1 and clone(one.pid) == 0:
-                _become(one, tree, init, sync, gate)
+            if one.parent == 1 and _fork(one, tree, memory) == 0:
+                _become(one, tree, memory, init, sync, gate)
         os._exit(0)
     except BaseException as error:
         _report(sync, error)
@@ -183,7 +187,28 @@ def _move(fds: Sequence[int], lowest: int) -> list[int]:
     return [lowest + place for place in range(len(fds))]
 
 
-def _become(one: Process, tree: Tree, init: int, sync: int, gate: int) -> None:
+def _fork(one: Process, tree: Tree, memory: int) -> int:
+    """Fork a process, which gets only the memory that it and its descendants need: that saves page tables."""
+    own, needed = _family(one.parent, tree), _family(one.pid, tree)
+    others = [span for each in tree.processes if each.pid in own - needed and (span := state.span(each))]
+    for start, end in others:
+        capture.advise(memory + start, end - start, _DONTFORK)
+    pid = clone(one.pid)
+    for start, end in others if pid else ():  # a failure ends all of them
+        capture.advise(memory + start, end - start, _DOFORK)
+    return pid
+
+
+def _family(pid: int, tree: Tree) -> set[int]:
+    """A process with its descendants."""
+    found = {pid}
+    for each in tree.processes:  # parents first
+        if each.parent in found:
+            found.add(each.pid)
+    return found
+
+
+def _become(one: Process, tree: Tree, memory: int, init: int, sync: int, gate: int) -> None:
     """A process of the tree: sets what has an order, starts its children, enters the user namespace, and waits."""
     try:
         if one.session == one.pid:
@@ -191,8 +216,8 @@ def _become(one: Process, tree: Tree, init: int, sync: int, gate: int) -> None:
         elif one.group == one.pid:
             os.setpgid(0, 0)
         for child in tree.processes:
-            if child.parent == one.pid and clone(child.pid) == 0:
-                _become(child, tree, init, sync, gate)
+            if child.parent == one.pid and _fork(child, tree, memory) == 0:
+                _become(child, tree, memory, init, sync, gate)
         os.setpriority(os.PRIO_PROCESS, 0, one.nice)
         kernel.setns(init, kernel.CLONE_NEWUSER)
         os.setgroups([])

@@ -25,7 +25,6 @@ _LARGEST_XSTATE = 16384
 _PR = {"death_signal": 2, "dumpable": 3, "securebits": 27, "subreaper": 37, "tid_address": 40}
 _BY_ADDRESS = ("death_signal", "subreaper", "tid_address")
 _TIMERS = (0, 1, 2)
-_STACK = "[stack]"
 _BATCH = 512  # ranges of one process_vm_readv
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
@@ -228,7 +227,7 @@ class Pages:
             mine = address_space.within(pages, mapping)
             if not mine or mapping.is_special:
                 continue
-            whole = is_parked(mapping)
+            whole = state.is_parked(mapping)
             for start, end in mine:
                 place = self.size + start - mapping.start if whole else self.size
                 runs.append(state.Run(start, end, place))
@@ -274,12 +273,6 @@ class Pages:
 
     def close(self) -> None:
         self.memory.close()
-
-
-def is_parked(mapping: address_space.Mapping) -> bool:
-    """Whether a copy gets the memory of a mapping by moving it. A stack grows, and a file mapping has pages of its
-    file: these are made anew, and their own pages are copied."""
-    return not mapping.is_file and mapping.name != _STACK
 
 
 def _unreadable(one: Found) -> list[Range]:
@@ -331,6 +324,12 @@ def map_fixed(address: int, size: int, protection: int) -> None:
     found = _libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(size), protection, flags, -1, ctypes.c_long(0))
     if found != address:
         raise OSError(ctypes.get_errno() or 12, f"{size} bytes of memory cannot be reserved")
+
+
+def advise(address: int, size: int, advice: int) -> None:
+    """Call madvise for memory of this process. OSError."""
+    if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) < 0:
+        raise OSError(ctypes.get_errno(), "madvise failed")
 
 
 def _unmap(address: int, size: int) -> None:

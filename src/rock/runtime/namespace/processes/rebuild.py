@@ -26,7 +26,7 @@ from rock.runtime.namespace.processes import address_space, capture
 from rock.runtime.namespace.processes.address_space import PAGE, Mapping
 from rock.runtime.namespace.processes.birth import Born, Failed
 from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
-from rock.runtime.namespace.processes.state import Process, Run, Tree
+from rock.runtime.namespace.processes.state import Process, Run, Tree, is_parked
 
 # mov rax and the six arguments from [r12]; syscall; store rax; next row; stop at an error, or after r13 rows
 _LOOP = bytes.fromhex("498b0424 498b7c2408 498b742410 498b542418 4d8b542420 4d8b442428 4d8b4c2430 0f05 4989442438"
@@ -183,7 +183,7 @@ def _map(table: Table, one: Process, places: Places) -> None:
                 opened = each.name
             sharing = _SHARED if each.shared else _PRIVATE
             table.call("mmap", each.start, each.size, each.protection, sharing | _FIXED, 0, each.offset)
-        elif index in starts and capture.is_parked(each):
+        elif index in starts and is_parked(each):
             run = starts[index]
             place = places.memory.address + run.place - (run.start - each.start)
             table.call("mremap", place, each.size, each.size, _MOVE, each.start)
@@ -191,7 +191,7 @@ def _map(table: Table, one: Process, places: Places) -> None:
                 table.call("mprotect", each.start, each.size, each.protection)
         else:
             flags = _PRIVATE | _FIXED | _ANONYMOUS | (0 if each.protection else _NORESERVE)
-            if not capture.is_parked(each):
+            if not is_parked(each):
                 flags |= _GROWS | _STACK
             table.call("mmap", each.start, each.size, each.protection, flags, -1, 0)
     if opened:
@@ -333,7 +333,7 @@ class Rebuilt:
         self._execute(table, memory.room)
         one = self._born.process
         for run in one.runs:
-            if (mapping := one.mappings[_mapping_of(one, run.start)]).is_file or not capture.is_parked(mapping):
+            if (mapping := one.mappings[_mapping_of(one, run.start)]).is_file or not is_parked(mapping):
                 _write(self._memory, memory.view(run.place, run.end - run.start), run.start)
         self._finish(memory)
 

@@ -19,6 +19,7 @@ from rock.runtime.namespace.processes.address_space import Mapping
 
 STATE, PAGES = "processes.json", "pages"
 _VERSION = 1
+_STACK = "[stack]"
 
 
 class Damaged(Exception):
@@ -117,6 +118,22 @@ class Tree(NamedTuple):
     pipes: Sequence[Pipe]
     size: int
     bytes: int
+
+
+def span(one: Process) -> tuple[int, int] | None:
+    """The range of the places of a process, whole pages; None without pages of its own."""
+    if not one.runs:
+        return None
+    starts = [(run, next(each for each in one.mappings if each.start <= run.start < each.end)) for run in one.runs]
+    first = min(run.place - (run.start - each.start if is_parked(each) else 0) for run, each in starts)
+    last = max(run.place + (each.end - run.start if is_parked(each) else run.end - run.start) for run, each in starts)
+    return first, last
+
+
+def is_parked(mapping: Mapping) -> bool:
+    """Whether a copy gets the memory of a mapping by moving it. A stack grows, and a file mapping has pages of its
+    file: these are made anew, and their own pages are copied."""
+    return not mapping.is_file and mapping.name != _STACK
 
 
 # ---- on disk ----

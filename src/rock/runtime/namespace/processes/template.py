@@ -135,7 +135,7 @@ class Template:
         descriptors = Descriptors(tree)
         try:
             descriptors.make(streams)
-            born = birth.start(tree, target, descriptors.found, reading)
+            born = birth.start(tree, target, descriptors.found, reading, memory.address)
             for one in born:
                 made.append(rebuild.Rebuilt(one))
             for each in made:
