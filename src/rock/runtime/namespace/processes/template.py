@@ -44,9 +44,12 @@ class Template:
         self._filter = seccomp.build()
 
     def run(self, request: dict[str, Any]) -> None:
-        """Serve a first request, and then those of the socket."""
+        """Serve a first request, and then those of the socket. A start comes with descriptors, by the socket."""
         buffer = bytearray(_BUFFER)
         fds: list[int] = []
+        if request["op"] == "start":
+            packet, fds = receive_packet(self._sock, buffer)
+            request = unpack(packet, fds)
         while True:
             reply = self._serve(request, fds)
             for fd in fds:
@@ -179,6 +182,7 @@ class Descriptors:
                 if one.stream not in streams:
                     raise birth.Failed(f"pid 1 has no stream {one.stream[1]} of {one.stream[0]!r}")
                 self._add(index, self._opened(streams[one.stream], one.flags))
+                self._fill_stream(one.pipe, streams[one.stream], ends)
             elif one.kind == "pipe":
                 if one.pipe not in ends:
                     reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -203,6 +207,16 @@ class Descriptors:
         self._own.append(made)
         os.set_blocking(made, not flags & os.O_NONBLOCK)
         return made
+
+    def _fill_stream(self, pipe: tuple[int, bool], fd: int, ends: dict[tuple[int, bool], int]) -> None:
+        """Write into the pipe of a stream what the program had not read, once."""
+        if pipe[1] and pipe not in ends:
+            ends[pipe] = fd
+            writing = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                self._fill(pipe[0], writing)
+            finally:
+                os.close(writing)
 
     def _fill(self, index: int, writing: int) -> None:
         pipe = self._tree.pipes[index]
