@@ -21,6 +21,7 @@ from rock.runtime.namespace.processes import state
 from rock.runtime.namespace.slots import Sandbox, Slots
 
 _STREAMS = "streams"
+_PAUSES = (0.003, 0.01, 0.03, 0.1)  # seconds before a look is repeated, such as while a process receives a signal
 
 
 class Copies:
@@ -47,12 +48,16 @@ class Copies:
     async def take(self, sandbox: Sandbox, spec: dict[str, Any], link: InitLink, snapshot_id: str, *,
                    dry: bool = False) -> dict[str, Any]:
         """The launcher's reply to a switch with processes. dry: only the reasons against it. Ended."""
-        hello, _ = await link.request("hello")
-        await faults.point("namespace.processes.known")
         name = f"look {snapshot_id}" if dry else snapshot_id
-        reply = await self._slots.launcher.request("take", {
-            **spec, "pid": sandbox.pid, "start": sandbox.start, "snapshot": name, "dry": dry, "most": self.memory,
-            "programs": hello["programs"]})  # fmt: skip
+        for pause in (*_PAUSES, None):
+            hello, _ = await link.request("hello")
+            await faults.point("namespace.processes.known")
+            reply = await self._slots.launcher.request("take", {
+                **spec, "pid": sandbox.pid, "start": sandbox.start, "snapshot": name, "dry": dry, "most": self.memory,
+                "programs": hello["programs"]})  # fmt: skip
+            if not reply.get("passing") or pause is None:
+                break
+            await asyncio.sleep(pause)
         await faults.point("namespace.processes.taken")
         if reply.get("copied"):
             self._hold(snapshot_id, int(reply["bytes"]))

@@ -18,6 +18,7 @@ _O_PATH = os.O_PATH
 _DROPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW
 _APPEND_ONLY = os.O_WRONLY | os.O_APPEND
 _DELETED = " (deleted)"
+_TRAP = 1 << 4  # SIGTRAP in a mask
 _KCMP, _KCMP_FILE = 312, 0
 _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/dev/", "/i915", "anon_inode:")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -118,6 +119,8 @@ def look(pid: int, first: int, replaced: Mapping[int, str], namespace: str, end:
             problems.append(f"{name} has a mount namespace of its own")
         if os.readlink(f"/proc/{pid}/root") != "/":
             problems.append(f"{name} has another root directory")
+        if int(status(pid).get("SigIgn", "0"), 16) & _TRAP:
+            problems.append(f"{name} ignores SIGTRAP, which injected calls would reset")
         folder = _folder(pid, name, replaced, problems)
         files = list(_files(pid, name, replaced, problems, sockets, end))
         problems += _mappings(pid, name)

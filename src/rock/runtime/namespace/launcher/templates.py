@@ -46,22 +46,25 @@ class Templates:
 
     def forward(self, request: dict[str, Any], fds: Sequence[int], poll: select.poll) -> None:
         """Pass a request to the template of its snapshot, which is started if necessary."""
-        holder = self._by_name.get(request["snapshot"])
         try:
-            if holder is None:
+            if request["op"] == "take":  # by a new template, which has the request from its start
+                self.forget(request["snapshot"], poll)
                 holder = self._fork(request, poll)
-                if request["op"] == "take":  # it has the request from its start
-                    holder.waiting.append(int(request["id"]))
-                    return
-            data, extra = pack(request)
-            try:
-                socket.send_fds(holder.sock, [data], [*fds, *extra])
-            finally:
-                for fd in extra:
-                    os.close(fd)
+            else:
+                holder = self._by_name.get(request["snapshot"]) or self._fork(request, poll)
+                self._send(holder, request, fds)
             holder.waiting.append(int(request["id"]))
         except OSError as error:
             self._answer(request, {"error": f"template: {error.strerror or error}", "errno": error.errno or 0})
+
+    @staticmethod
+    def _send(holder: _Holder, request: dict[str, Any], fds: Sequence[int]) -> None:
+        data, extra = pack(request)
+        try:
+            socket.send_fds(holder.sock, [data], [*fds, *extra])
+        finally:
+            for fd in extra:
+                os.close(fd)
 
     def _fork(self, request: dict[str, Any], poll: select.poll) -> _Holder:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

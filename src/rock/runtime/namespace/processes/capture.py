@@ -32,7 +32,9 @@ _readv.restype = ctypes.c_ssize_t
 
 
 class Refused(Exception):
-    """The processes cannot be copied. args: the reasons."""
+    """The processes cannot be copied. args: the reasons. passing: all of them usually pass in some milliseconds."""
+
+    passing = False
 
 
 class TooLarge(Exception):
@@ -47,10 +49,13 @@ def inspect(stopped: ptrace.Stopped, first: int,
         known = found.look(programs)
     finally:
         found.close()
-    for pids, what in ((stopped.halted, "is stopped by a signal"), (stopped.interrupted, "is receiving a signal")):
-        found.problems += [f"{process_files.label(pid)} {what}" for pid in pids if pid != first]
-    if found.problems:
-        raise Refused(*found.problems[:20])
+    for pids, what, problems in ((stopped.halted, "is stopped by a signal", found.problems),
+                                 (stopped.interrupted, "is receiving a signal", found.passing)):
+        problems += [f"{process_files.label(pid)} {what}" for pid in pids if pid != first]
+    if found.problems or found.passing:
+        refused = Refused(*[*found.problems, *found.passing][:20])
+        refused.passing = not found.problems
+        raise refused
     return found, known
 
 

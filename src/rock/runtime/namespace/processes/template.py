@@ -75,9 +75,9 @@ class Template:
         except switch.Refused as error:
             return {"refused": [str(reason) for reason in error.args]}
         except capture.Refused as error:
-            return {"refused": [str(reason) for reason in error.args], "processes": True}
+            return {"refused": [str(reason) for reason in error.args], "passing": error.passing}
         except (capture.TooLarge, TooMany) as error:
-            return {"refused": [str(error)], "processes": True}
+            return {"refused": [str(error)]}
         except (birth.Failed, state.Damaged) as error:
             return {"error": str(error), "errno": 0}
         except OSError as error:
