@@ -21,6 +21,7 @@ from rock.runtime.namespace.processes import state
 from rock.runtime.namespace.slots import Sandbox, Slots
 
 _STREAMS = "streams"
+_ATTEMPTS = 2
 _PAUSES = (0.003, 0.01, 0.03, 0.1)  # seconds before a look is repeated, such as while a process receives a signal
 
 
@@ -85,9 +86,12 @@ class Copies:
         try:
             await faults.point("namespace.processes.adopted")
             self._hold(snapshot_id, size)
-            done = await self._slots.launcher.ask("start", {
-                "snapshot": snapshot_id, "folder": folder, "pid": sandbox.pid, "start": sandbox.start,
-                "cgroups": list(sandbox.folders.values()), _STREAMS: reply[_STREAMS]}, fds)  # fmt: skip
+            for _ in range(_ATTEMPTS):
+                done = await self._slots.launcher.ask("start", {
+                    "snapshot": snapshot_id, "folder": folder, "pid": sandbox.pid, "start": sandbox.start,
+                    "cgroups": list(sandbox.folders.values()), _STREAMS: reply[_STREAMS]}, fds)  # fmt: skip
+                if done.get("errno") != errno.ECHILD:  # else the template was killed, and what it had begun
+                    break
         finally:
             for fd in fds:
                 with contextlib.suppress(OSError):
@@ -95,8 +99,6 @@ class Copies:
         await faults.point("namespace.processes.started")
         if "error" not in done:
             return
-        if done.get("errno") == errno.ECHILD:
-            self._held.pop(snapshot_id, None)
         raise errors.StartFailed(f"the processes of snapshot {snapshot_id} could not be started: {done['error']}",
                                  sandbox_id=handle_id,
                                  hint="raise the limits of the sandbox, or take a snapshot with memory=\"session\"")

@@ -52,7 +52,12 @@ class Templates:
                 holder = self._fork(request, poll)
             else:
                 holder = self._by_name.get(request["snapshot"]) or self._fork(request, poll)
-                self._send(holder, request, fds)
+                try:
+                    self._send(holder, request, fds)
+                except BrokenPipeError:  # it was killed
+                    self._drop(holder, poll)
+                    holder = self._fork(request, poll)
+                    self._send(holder, request, fds)
             holder.waiting.append(int(request["id"]))
         except OSError as error:
             self._answer(request, {"error": f"template: {error.strerror or error}", "errno": error.errno or 0})

@@ -125,7 +125,7 @@ class Inventory:
         self.problems += [f"{name} {problem}" for problem in problems]
         if any(int(status.get(pending, "0"), 16) for pending in ("SigPnd", "ShdPnd")):
             self.passing.append(f"{name} has a pending signal")
-        self.processes.append(Found(pid, inside, parent, session, group, status.get("Name", ""), status, memory, mapped,
+        self.processes.append(Found(pid, inside, parent, session, group, _comm(pid), status, memory, mapped,
                                     program, folder, int(fields[19 - 3])))
 
     # ---- memory ----
@@ -309,6 +309,12 @@ def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].decode().split()
+
+
+def _comm(pid: int) -> str:
+    """The name of a process, which may have any bytes."""
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return file.read().removesuffix("\n")
 
 
 def _inside(pid: int) -> int:
