@@ -174,6 +174,7 @@ class Node:
         try:
             if config.snapshot is not None:
                 await self.snapshots.give(supervisor, config.snapshot)
+                await supervisor.attach_processes(supervisor.expected)
             supervisor.save()
         except (OSError, RockError) as error:
             await supervisor.destroy(0)
@@ -314,7 +315,9 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
-        await old.replaced()
+        await old.replaced()  # also removes its logs
+        await new.attach_processes(new.expected)
+        await new.saved()
         if (port := old.gateway_port.port) is not None:
             await new.open_gateway_port(port)
         self._spawn(self._open_default(new, None))

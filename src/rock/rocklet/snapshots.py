@@ -226,14 +226,16 @@ class Snapshots:
 
     async def give(self, sandbox: Supervisor, snapshot_id: str) -> None:
         """Give a new sandbox from a snapshot its sessions: copied shells are attached now, others are opened when they
-        are first used. RockError."""
+        are first used. Its background processes are `expected`. RockError."""
         made, shells = self._known.get(snapshot_id), self._shells.get(snapshot_id)
         if made is None or shells is None or made.memory != "processes":
             self.inherit(sandbox, snapshot_id)
             return
         sessions = {one["spec"]["session"]: one for one in shells.sessions}
-        record = {"sessions": {name: one["spec"] for name, one in sessions.items()}, "processes": shells.processes}
-        await sandbox.attach(record, await sandbox.runtime.processes(sandbox.handle))
+        sandbox.expected = shells.processes
+        await sandbox.sessions.recover({name: one["spec"] for name, one in sessions.items()},
+                                       await sandbox.runtime.processes(sandbox.handle),
+                                       sandbox.journal)  # fmt: skip
         env = {name: value for name, value in sandbox.config.env.items() if shells.env.get(name) != value}
         for session in sandbox.sessions:
             known = sessions.get(session.spec.session)
