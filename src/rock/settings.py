@@ -46,6 +46,7 @@ running operations when the server in front of it is gone |
 nacos://HOST:PORT/DATA_ID, or api: docs/guides/configuration.md |
 | ROCK_ENV_LEASE | 50 | seconds without a renewal by a client process after which its environments are released |
 | ROCK_ARCHIVE | archive in ROCK_HOME | location of archived sandboxes: a folder, s3://BUCKET/PREFIX, or "off" |
+| ROCK_SNAPSHOT_MEMORY | a quarter | bytes, like 4g, for the memory of copied processes; 0 copies no processes |
 | ROCK_SNAPSHOT_TTL | 3600 | seconds without use after which a snapshot is deleted, unless it has its own retention |
 | ROCK_ARCHIVE_LIMIT | 64g | maximum bytes of files in one archive, holes included |
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
@@ -347,6 +348,7 @@ class Settings:
     lease_lost: str = "keep"
     archive: str = ""
     archive_limit: str = "64g"
+    snapshot_memory: str = ""
     snapshot_ttl: float = 3600.0
     image_budget: str = ""
     image_max_bytes: str = "64g"
@@ -473,6 +475,7 @@ class Settings:
             ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),
+            ("snapshot_memory", str),
             ("snapshot_ttl", float),
             ("disk_limit", str),
             ("container_image", str),

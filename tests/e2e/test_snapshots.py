@@ -43,7 +43,7 @@ def put(box: Sandbox, text: str, path: str = "/tmp/file") -> None:
 def test_checkpoint_rollback_and_fork(box: Sandbox, client: Client) -> None:
     put(box, "one")
     box.run("cd /tmp; x=5")
-    first = box.checkpoint(name="first")
+    first = box.checkpoint(name="first", memory="session")
     assert (first.name, first.sandbox_id, first.state, first.memory) == ("first", box.sandbox_id, "ready", "session")
     assert any("of the shells of sessions default: background jobs" in line for line in first.left_out)
     assert box.run("echo $x $PWD").output.strip() == "5 /tmp"  # the original continues
@@ -79,7 +79,7 @@ def test_sessions_and_processes_of_a_snapshot(box: Sandbox, client: Client) -> N
     box.create_session(CreateBashSessionRequest(session="work"))
     box.run("cd /tmp; echo hi > here", session="work")
     process = box.processes.start("sleep 300")
-    taken = box.checkpoint()
+    taken = box.checkpoint(memory="session")
     assert any("sleep 300" in line for line in taken.left_out) and any("work" in line for line in taken.left_out)
     box.run("rm /tmp/here", session="work")
     box.rollback(taken)
@@ -155,7 +155,7 @@ def test_what_is_refused(box: Sandbox, client: Client) -> None:
     refused: list[tuple[type[RockError], str, Callable[[], object]]] = [
         (Conflict, "a snapshot one already", lambda: box.checkpoint(name="one")),
         (InvalidConfig, "memory", lambda: box.checkpoint(memory="all")),  # type: ignore[arg-type]
-        (Unsupported, "processes", lambda: box.checkpoint(memory="processes")),
+        (Unsupported, "takes files alone", lambda: box.checkpoint(memory="processes", files="copy")),
         (InvalidConfig, "name", lambda: box.checkpoint(name="../x")),
         (NotFound, "no snapshot nothing", lambda: box.rollback("nothing")),
         (NotFound, "no snapshot nothing", lambda: Sandbox(snapshot="nothing", memory="256m").start()),
@@ -241,8 +241,10 @@ def test_a_killed_server_loses_no_snapshot(own_server: Callable[..., RunningServ
     assert not (server.home / "run/namespace/snapshots").exists()
 
 
-POINTS = ("namespace.checkpoint.switched", "node.checkpoint.taken", "node.rollback.saved", "snapshot.delete.saved")
-MORE = ("snapshot.create.saved", "namespace.checkpoint.frozen", "node.checkpoint.saved", "snapshot.create.made",
+POINTS = ("namespace.checkpoint.switched", "node.checkpoint.taken", "node.rollback.saved", "snapshot.delete.saved",
+          "namespace.processes.taken", "namespace.processes.adopted")  # fmt: skip
+MORE = ("namespace.processes.known", "namespace.processes.started", "node.sessions.attached",
+        "snapshot.create.saved", "namespace.checkpoint.frozen", "node.checkpoint.saved", "snapshot.create.made",
         "snapshot.rollback.begun", "snapshot.rollback.done", "node.snapshot.delete", "node.snapshot.dropped",
         "snapshot.delete.gone")  # fmt: skip
 

@@ -30,6 +30,7 @@ from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.protocol.snapshots import (
     CheckpointRequest,
+    Forkable,
     ForkRequest,
     ForkResult,
     NodeCheckpoint,
@@ -129,6 +130,12 @@ class Snapshots:
         if record.info.paused_at is not None and not back.paused:
             record = await self._records.amend(sandbox_id, when=State.RUNNING, paused_at=None)
         return record.info
+
+    async def forkable(self, sandbox_id: str) -> Forkable:
+        """The level that a checkpoint of a running sandbox would have now. Conflict, Unsupported."""
+        _, worker = await self._running(sandbox_id, "takes no snapshots")
+        found = await worker.forkable(sandbox_id)
+        return Forkable(memory=found.memory, reasons=found.reasons)
 
     async def fork(self, sandbox_id: str, spec: ForkRequest, key: str | None, caller: Caller,
                    allowed: Callable[[SandboxConfig], Awaitable[SandboxConfig]]) -> ForkResult:

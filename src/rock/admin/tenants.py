@@ -28,7 +28,7 @@ from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, Quota, caller_of, digest_of
 from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
 from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
-from rock.protocol.snapshots import CheckpointRequest, ForkRequest, ForkResult, SnapshotInfo
+from rock.protocol.snapshots import CheckpointRequest, Forkable, ForkRequest, ForkResult, SnapshotInfo
 from rock.store.base import Query, Record, Store, member
 
 
@@ -172,6 +172,10 @@ class TenantService:
     async def checkpoint(self, sandbox_id: str, spec: CheckpointRequest, key: str | None = None) -> SnapshotInfo:
         await self._own(sandbox_id)
         return await self._service.snapshots.checkpoint(sandbox_id, spec, key)
+
+    async def forkable(self, sandbox_id: str) -> Forkable:
+        await self._own(sandbox_id)
+        return await self._service.snapshots.forkable(sandbox_id)
 
     async def rollback(self, sandbox_id: str, snapshot: str) -> SandboxInfo:
         await self._own(sandbox_id)

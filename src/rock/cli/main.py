@@ -28,6 +28,7 @@ ENTRIES = [
     Entry("checkpoint", "Sandboxes", "commands.snapshot:checkpoint", "Take a snapshot of a running sandbox."),
     Entry("rollback", "Sandboxes", "commands.snapshot:rollback", "Return a running sandbox to a snapshot."),
     Entry("fork", "Sandboxes", "commands.snapshot:fork", "Take a snapshot, and start sandboxes from it."),
+    Entry("forkable", "Sandboxes", "commands.snapshot:forkable", "Show what a checkpoint of a sandbox would take."),
     Entry("snapshot", "Sandboxes", "commands.snapshot:snapshot", "List, show and delete snapshots."),
     Entry("resume", "Sandboxes", "commands.sandbox:resume", "Continue paused sandboxes."),
     Entry("unpause", "Sandboxes", "commands.sandbox:resume", "Continue paused sandboxes.", hidden=True),

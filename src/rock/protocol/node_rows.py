@@ -116,6 +116,8 @@ def node_rows() -> Iterator[Route]:
               "Delete a snapshot; its layer stays while others use it; idempotent", "", "NodeSnapshots")  # fmt: skip
     yield row("node_checkpoint", "POST", "/node/v1/sandboxes/{sandbox_id}/checkpoint", "node",
               "Take a snapshot of a running one; idempotent by its id", "NodeCheckpoint", "NodeSnapshot")  # fmt: skip
+    yield row("node_forkable", "GET", "/node/v1/sandboxes/{sandbox_id}/forkable", "node",
+              "The level that a checkpoint would have now, and why", "", "NodeForkable")  # fmt: skip
     yield row("node_rollback", "POST", "/node/v1/sandboxes/{sandbox_id}/rollback", "node",
               "Return a running sandbox to a snapshot", "NodeRollback", "NodeSandbox")  # fmt: skip
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")

@@ -69,6 +69,8 @@ def control_rows() -> Iterator[Route]:
               "CheckpointRequest", "SnapshotInfo")  # fmt: skip
     yield row("rollback_sandbox", "POST", _S + "/rollback", "control", "Return a running sandbox to a snapshot",
               "RollbackRequest", "SandboxInfo")  # fmt: skip
+    yield row("forkable_sandbox", "GET", _S + "/forkable", "control",
+              "The level that a checkpoint would have now, and why", "", "Forkable")  # fmt: skip
     yield row("fork_sandbox", "POST", _S + "/fork", "control", "Take a snapshot, and start sandboxes from it",
               "ForkRequest", "ForkResult")  # fmt: skip
     yield row("resume_sandbox", "POST", _S + "/resume", "control", "Continue a paused sandbox", "", "SandboxInfo")

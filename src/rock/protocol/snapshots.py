@@ -94,7 +94,20 @@ class ForkResult(Answer):
     group: GroupInfo
 
 
+class Forkable(Answer):
+    """What a checkpoint with memory="auto" would take at this moment. memory: the level. reasons: against a better one,
+    each with the process, the descriptor and what it is."""
+
+    memory: Level = "files"
+    reasons: list[str] = Field(default_factory=list)
+
+
 # ---- node plane ----
+
+
+class NodeForkable(Forkable):
+    """`Forkable` as a worker answers."""
+
 
 
 class NodeCheckpoint(Wire):

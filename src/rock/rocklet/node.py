@@ -177,13 +177,16 @@ class Node:
         runtime, handle, phases = await make(self.runtimes, sandbox_id, config)
         supervisor = self.supervise(sandbox_id, config, runtime, handle)
         supervisor.phases = phases
-        if config.snapshot is not None:
-            self.snapshots.inherit(supervisor, config.snapshot)
         try:
+            if config.snapshot is not None:
+                await self.snapshots.give(supervisor, config.snapshot)
+                await supervisor.attach_processes(supervisor.expected)
             supervisor.save()
-        except OSError as error:
+        except (OSError, RockError) as error:
             await supervisor.destroy(0)
             await supervisor.forget()
+            if isinstance(error, RockError):
+                raise
             raise not_started(error, sandbox_id) from None
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
@@ -307,16 +310,20 @@ class Node:
         old = self.get(sandbox_id)
         handle = await self.snapshots.replacement(old, snapshot_id)
         new = self.supervise(sandbox_id, old.config, old.runtime, handle)
-        self.snapshots.inherit(new, snapshot_id)
         try:
+            await self.snapshots.give(new, snapshot_id)
             new.save()  # from here on a crash finds the new one
-        except OSError as error:
+        except (OSError, RockError) as error:
             await new.destroy(0)
             self.state_dir.give_back(new.spools)
+            if isinstance(error, RockError):
+                raise
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
-        await old.replaced()
+        await old.replaced()  # also removes its logs
+        await new.attach_processes(new.expected)
+        await new.saved()
         if (port := old.gateway_port.port) is not None:
             await new.open_gateway_port(port)
         self._spawn(self._open_default(new, None))

@@ -8,7 +8,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from rock import faults
@@ -97,6 +97,7 @@ class Supervisor:
         self.cause: Cause | None = None
         self.reason: str | None = None
         self.processes: dict[str, programs.Background] = {}
+        self.expected: Mapping[str, Any] = {}  # background processes that are there and not yet attached
         # programs with an idempotency key, which continue when the server stops
         self.executions: set[programs.Execution] = set()
         self.leaving = False
@@ -137,7 +138,8 @@ class Supervisor:
             await asyncio.to_thread(atomic_file.replace, self._state_dir.record(self.id), self._record())
 
     def _record(self) -> str:
-        processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
+        processes = dict(self.expected)
+        processes |= {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
                        spools=self.spools.path.name, marked=self._marked, paused=self.paused,
                        gateway_port=self.gateway_port.port,
@@ -157,17 +159,22 @@ class Supervisor:
         if record.get("paused") and isinstance(self.runtime, Pauses):
             self.paused = True
             await self.runtime.pause(self.handle)  # the crash may have come before it
-        for key, entry in record.get("processes", {}).items():
+        await self.attach_processes(record.get("processes", {}))
+        self._env_host_kept = EnvHost.KEY in kept
+        if record.get("gateway_port"):
+            with contextlib.suppress(RockError):
+                await self.gateway_port.open(int(record["gateway_port"]))
+
+    async def attach_processes(self, known: Mapping[str, Any]) -> None:
+        """Attach to background processes of which these are the commands and start times; ended ones are omitted."""
+        for key, entry in known.items():
             with contextlib.suppress(RockError):
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
                 folder = self._state_dir.logs(self.id) / key
                 folder.mkdir(parents=True, exist_ok=True)
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
                                                           marks=self.spools.marks, found=self.spools.found)  # fmt: skip
-        self._env_host_kept = EnvHost.KEY in kept
-        if record.get("gateway_port"):
-            with contextlib.suppress(RockError):
-                await self.gateway_port.open(int(record["gateway_port"]))
+        self.expected = {}
 
     async def open_gateway_port(self, port: int | None) -> int:
         """Open the loopback port to the gateway; returns its number. Unsupported, Conflict."""

@@ -25,8 +25,8 @@ from rock import faults
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
 from rock.host import atomic_file
 from rock.protocol.action import CreateBashSessionRequest
-from rock.protocol.snapshots import Level, NodeCheckpoint, NodeSnapshot, NodeSnapshots
-from rock.rocklet.commands import shell_state
+from rock.protocol.snapshots import Level, NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
+from rock.rocklet.commands import programs, shell_state
 from rock.rocklet.commands.session import Session
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
@@ -37,10 +37,12 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Shells(NamedTuple):
-    """The sessions of a snapshot: request and state (base64, or None) of each, and the environment of its sandbox."""
+    """The sessions of a snapshot: request, state (base64, or None) and last exit status of each; the environment of its
+    sandbox; and of copied background processes the command and the time of the start, by id."""
 
     sessions: Sequence[Mapping[str, Any]]
     env: Mapping[str, str]
+    processes: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Snapshots:
@@ -69,7 +71,8 @@ class Snapshots:
                     log.error("the record of snapshot %s cannot be read: %s", name, error)
                     continue
                 self._known[found.snapshot_id] = found
-                self._shells[found.snapshot_id] = Shells(data.get("sessions", []), data.get("env", {}))
+                self._shells[found.snapshot_id] = Shells(data.get("sessions", []), data.get("env", {}),
+                                                         data.get("processes", {}))  # fmt: skip
 
     # ---- read ----
 
@@ -115,25 +118,29 @@ class Snapshots:
         if not isinstance(runtime, Forks):
             raise Unsupported(f"runtime {sandbox.handle.runtime!r} cannot take snapshots", sandbox_id=sandbox.id,
                               hint="use the namespace runtime, or `rock commit`, which makes an image")  # fmt: skip
-        if spec.memory == "processes":
-            raise Unsupported('memory="processes": this server copies no processes', sandbox_id=sandbox.id,
-                              hint='use memory="session" or "files"')  # fmt: skip
         if sandbox.paused:
             raise Conflict(f"sandbox {sandbox.id} is paused", sandbox_id=sandbox.id, hint="resume it first")
         parent = runtime.parent(sandbox.handle)
         async with sandbox.quiet(spec.wait):
-            sessions, without = await self._states(sandbox, spec)
-            frozen = await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files)
+            frozen, why = await self._with_processes(runtime, sandbox, spec)
+            if frozen is not None:
+                sessions, without = _requests(sandbox), list[str]()
+            else:
+                sessions, without = await self._states(sandbox, spec)
+                frozen = await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files)
+            copied = frozen.copied
             await faults.point("node.checkpoint.taken")
             sandbox.handle = frozen.handle
             level: Level = "files" if spec.memory == "files" or without else "session"
+            if copied is not None:
+                level = "processes"
             made = NodeSnapshot(
                 snapshot_id=spec.snapshot_id, sandbox_id=sandbox.id, parent=parent, tenant=spec.tenant, name=spec.name,
                 image=sandbox.config.image, memory=level, files=frozen.files, bytes=frozen.bytes, layers=frozen.layers,
-                paused_ms=frozen.paused_ms, left_out=_left_out(sandbox, frozen, sessions, without),
+                paused_ms=frozen.paused_ms, left_out=_left_out(sandbox, frozen, sessions, without) + why,
                 created_at=time.time(),
             )  # fmt: skip
-            shells = Shells(sessions, dict(sandbox.config.env))
+            shells = Shells(sessions, dict(sandbox.config.env), _background(sandbox, copied or ()))
             try:
                 await sandbox.saved()
                 await faults.point("node.checkpoint.saved")
@@ -145,6 +152,36 @@ class Snapshots:
         self._known[made.snapshot_id] = made
         self._shells[made.snapshot_id] = shells
         return made
+
+    async def _with_processes(self, runtime: Forks, sandbox: Supervisor,
+                              spec: NodeCheckpoint) -> tuple[Frozen | None, list[str]]:
+        """A checkpoint with the processes where that is wanted and possible; else the reason against it, for the
+        report. Unsupported when the request needs them."""
+        if spec.memory not in ("auto", "processes"):
+            return None, []
+        try:
+            return await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files, processes=True), []
+        except Unsupported as error:
+            if spec.memory == "processes":
+                raise
+            return None, [error.message]
+
+    async def forkable(self, sandbox_id: str) -> NodeForkable:
+        """The level that a checkpoint with memory="auto" would have at this moment, and the reasons against a better
+        one. Unsupported for a runtime without snapshots, Conflict for a paused sandbox."""
+        sandbox = self._find(sandbox_id)
+        runtime = sandbox.runtime
+        if not isinstance(runtime, Forks):
+            raise Unsupported(f"runtime {sandbox.handle.runtime!r} cannot take snapshots", sandbox_id=sandbox.id,
+                              hint="use the namespace runtime, or `rock commit`, which makes an image")  # fmt: skip
+        if sandbox.paused:
+            raise Conflict(f"sandbox {sandbox.id} is paused", sandbox_id=sandbox.id, hint="resume it first")
+        reasons = list(await runtime.refusals(sandbox.handle))
+        if not reasons:
+            return NodeForkable(memory="processes")
+        without = [one.spec.session for one in sandbox.sessions if one.closed is None and not shell_state.carries(one)]
+        reasons += [f"session: the state of session {name} cannot be read" for name in without]
+        return NodeForkable(memory="files" if without else "session", reasons=reasons)
 
     async def _states(self, sandbox: Supervisor, spec: NodeCheckpoint) -> tuple[list[dict[str, Any]], list[str]]:
         """The open sessions with the states of their shells, and the names of those without one. Unsupported when the
@@ -187,6 +224,24 @@ class Snapshots:
             await asyncio.gather(asyncio.shield(task), return_exceptions=True)
         return await runtime.replace(sandbox.handle, sandbox.config, snapshot_id)
 
+    async def give(self, sandbox: Supervisor, snapshot_id: str) -> None:
+        """Give a new sandbox from a snapshot its sessions: copied shells are attached now, others are opened when they
+        are first used. Its background processes are `expected`. RockError."""
+        made, shells = self._known.get(snapshot_id), self._shells.get(snapshot_id)
+        if made is None or shells is None or made.memory != "processes":
+            self.inherit(sandbox, snapshot_id)
+            return
+        sessions = {one["spec"]["session"]: one for one in shells.sessions}
+        sandbox.expected = shells.processes
+        await sandbox.sessions.recover({name: one["spec"] for name, one in sessions.items()},
+                                       await sandbox.runtime.processes(sandbox.handle),
+                                       sandbox.journal)  # fmt: skip
+        env = {name: value for name, value in sandbox.config.env.items() if shells.env.get(name) != value}
+        for session in sandbox.sessions:
+            known = sessions.get(session.spec.session)
+            session.continues(int(known["status"]) if known is not None else 0, env)
+        await faults.point("node.sessions.attached")
+
     def inherit(self, sandbox: Supervisor, snapshot_id: str, names: Collection[str] | None = None) -> None:
         """Give a sandbox that starts from a snapshot its sessions, which are opened when they are first used. names:
         those that it has not opened before a restart of the rocklet; None is all."""
@@ -227,12 +282,25 @@ class Snapshots:
         return NodeSnapshots()
 
 
+def _requests(sandbox: Supervisor) -> list[dict[str, Any]]:
+    """The open sessions, whose shells are copied."""
+    return [{"spec": one.spec.model_dump(mode="json"), "state": None, "status": one.status}
+            for one in sandbox.sessions if one.closed is None]  # fmt: skip
+
+
+def _background(sandbox: Supervisor, copied: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The background processes that are copied."""
+    return {one.id: {"command": one.command, "started_at": one.started_at}
+            for one in sandbox.processes.values() if programs.KEY + one.id in copied}  # fmt: skip
+
+
 def _left_out(sandbox: Supervisor, frozen: Frozen, sessions: Sequence[Mapping[str, Any]],
               without: Sequence[str]) -> list[str]:
     """What existed in the sandbox and is not in the snapshot."""
     found = list(frozen.left_out)
+    copied = frozen.copied or ()
     carried = [one["spec"]["session"] for one in sessions if one["state"] is not None]
-    others = [one["spec"]["session"] for one in sessions if one["state"] is None]
+    others = [one["spec"]["session"] for one in sessions if one["state"] is None and frozen.copied is None]
     if carried:
         found.append(f"of the shells of sessions {', '.join(sorted(carried))}: {shell_state.NOT_CARRIED}")
     if others:
@@ -240,7 +308,7 @@ def _left_out(sandbox: Supervisor, frozen: Frozen, sessions: Sequence[Mapping[st
         found.append(f"state of the shell in sessions {', '.join(sorted(others))}{why}: variables, functions, working "
                      "directory")  # fmt: skip
     for process in sandbox.processes.values():
-        if process.info.running:
+        if process.info.running and programs.KEY + process.id not in copied:
             found.append(f"background process {process.id}: {str(process.command)[:200]}")
     if sandbox.hosts_environments:
         found.append("open environments")

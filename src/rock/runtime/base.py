@@ -498,7 +498,8 @@ class Mounts(Protocol, metaclass=_Capability):
 @dataclass(frozen=True)
 class Frozen:
     """What a checkpoint took. handle: of the sandbox from now on; store it before anything else. bytes: size of the new
-    layer; None while it is unknown. layers: number of layers of the snapshot above the image."""
+    layer; None while it is unknown. layers: number of layers of the snapshot above the image. copied: keys of the kept
+    programs that were copied with their processes; None when no processes were to be copied."""
 
     handle: Handle
     files: Literal["switch", "copy"]
@@ -506,6 +507,7 @@ class Frozen:
     layers: int
     paused_ms: float
     left_out: Sequence[str] = ()
+    copied: Sequence[str] | None = None
 
 
 @runtime_checkable
@@ -513,9 +515,15 @@ class Forks(Protocol, metaclass=_Capability):
     """Snapshots of running sandboxes, and sandboxes from snapshots (decision 45). `create` with `config.snapshot`
     starts from one; NotFound when it is not here. Snapshots are named by 32 hexadecimal digits."""
 
-    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"]) -> Frozen:
-        """Take the files of a running sandbox. Repeats are no error. Unsupported with the reason where `files` is not
-        possible; nothing has changed then. StorageFull, Unavailable: nothing has changed."""
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
+                         processes: bool = False) -> Frozen:
+        """Take the files of a running sandbox. processes: and all its processes, which run on in each sandbox that
+        starts from the snapshot. Repeats are no error. Unsupported with the reasons where that is not possible; nothing
+        has changed then. StorageFull, Unavailable: nothing has changed."""
+        ...
+
+    async def refusals(self, handle: Handle) -> Sequence[str]:
+        """The reasons against a checkpoint with processes at this moment; empty if it is possible."""
         ...
 
     def parent(self, handle: Handle) -> str | None:

@@ -22,8 +22,8 @@ _MOST_LISTED = 2000
 _EQUAL = ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause", "name")
 NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "update_sandbox", "stop_sandbox",
          "pause_sandbox", "resume_sandbox", "checkpoint_sandbox", "rollback_sandbox", "fork_sandbox",
-         "restart_sandbox", "archive_sandbox", "commit_sandbox", "get_commit", "open_env", "create_group",
-         "get_group", "stop_group")  # fmt: skip
+         "forkable_sandbox", "restart_sandbox", "archive_sandbox", "commit_sandbox", "get_commit", "open_env",
+         "create_group", "get_group", "stop_group")  # fmt: skip
 
 
 class Sandboxes:
@@ -87,6 +87,9 @@ class Sandboxes:
         spec = await request.model(CheckpointRequest)
         made = await self._tenant_service(request).checkpoint(request.path["sandbox_id"], spec, _key(request))
         return answer_model(made, 201)
+
+    async def forkable_sandbox(self, request: Request) -> Answer:
+        return answer_model(await self._tenant_service(request).forkable(request.path["sandbox_id"]))
 
     async def rollback_sandbox(self, request: Request) -> Answer:
         spec = await request.model(RollbackRequest)

@@ -33,7 +33,7 @@ from rock.protocol.node import (
 )
 from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
-from rock.protocol.snapshots import NodeCheckpoint, NodeSnapshot, NodeSnapshots
+from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -120,6 +120,10 @@ class Worker(Protocol):
     async def checkpoint(self, sandbox_id: str, spec: NodeCheckpoint) -> NodeSnapshot:
         """Take a snapshot of a running sandbox; a repetition with the same id returns the same. Conflict, Unsupported,
         StorageFull."""
+        ...
+
+    async def forkable(self, sandbox_id: str) -> NodeForkable:
+        """The level that a checkpoint would have now. Conflict, Unsupported."""
         ...
 
     async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
@@ -300,6 +304,9 @@ class WireWorker:
 
     async def checkpoint(self, sandbox_id: str, spec: NodeCheckpoint) -> NodeSnapshot:
         return await self._call(NodeSnapshot, "node_checkpoint", "", spec.model_dump(), sandbox_id=sandbox_id)
+
+    async def forkable(self, sandbox_id: str) -> NodeForkable:
+        return await self._call(NodeForkable, "node_forkable", sandbox_id=sandbox_id)
 
     async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
         body = {"snapshot_id": snapshot_id}

@@ -1,4 +1,4 @@
-"""`rock checkpoint`, `rock rollback`, `rock fork`, and `rock snapshot ls|show|rm|tree`."""
+"""`rock checkpoint`, `rock rollback`, `rock fork`, `rock forkable`, and `rock snapshot ls|show|rm|tree`."""
 
 from __future__ import annotations
 
@@ -62,6 +62,23 @@ def rollback(sandbox: str, snapshot: str) -> None:
     """
     with busy("rolling back"):
         connected(sandbox).rollback(snapshot)
+
+
+@command(example="rock forkable web")
+@_sandbox
+@json_option
+def forkable(sandbox: str, json_: bool) -> None:
+    """Show what a checkpoint of a sandbox would take.
+
+    Prints the level, and on standard error the reasons against a better one. Takes nothing.
+    """
+    found = connected(sandbox).forkable()
+    if json_:
+        as_json(found.model_dump(mode="json"))
+        return
+    print(found.memory)
+    for reason in found.reasons:
+        click.echo(reason, err=True)
 
 
 @command(example="rock fork web -n 8")

@@ -49,7 +49,7 @@ from rock.protocol.node import (
     WorkerInfo,
 )
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
-from rock.protocol.snapshots import NodeCheckpoint, NodeSnapshot, NodeSnapshots
+from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.node import Node
 from rock.settings import Settings
@@ -407,6 +407,9 @@ class LocalWorker:
 
     async def checkpoint(self, sandbox_id: str, spec: NodeCheckpoint) -> NodeSnapshot:
         return await self._node.snapshots.checkpoint(sandbox_id, spec)
+
+    async def forkable(self, sandbox_id: str) -> NodeForkable:
+        return await self._node.snapshots.forkable(sandbox_id)
 
     async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
         return await self._node.rollback(sandbox_id, snapshot_id)

@@ -82,7 +82,8 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
         runtimes["gvisor"] = GvisorRuntime(settings.run_dir / "gvisor", guests, images.store)
         runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings),
-                                                 disk_limit=_disk_limit(settings))
+                                                 disk_limit=_disk_limit(settings),
+                                                 snapshot_memory=_snapshot_memory(settings))
     runtimes |= plugins.load(
         lambda name: plugins.RuntimeContext(settings.run_dir / "runtimes" / name, images.store, settings.pool_size)
     )
@@ -109,6 +110,16 @@ def _store_of(settings: Settings) -> Store:
     except ImportError:
         raise Unsupported("ROCK_STORE: PostgreSQL needs asyncpg", hint="pip install 'rock-sandbox[postgres]'") from None
     return PostgresStore(settings.store)
+
+
+def _snapshot_memory(settings: Settings) -> int | None:
+    """Bytes for the memory of copied processes; None is the default. InvalidConfig."""
+    if settings.snapshot_memory in ("", "0"):
+        return None if not settings.snapshot_memory else 0
+    try:
+        return parse_size(settings.snapshot_memory, "memory")
+    except ValueError as error:
+        raise InvalidConfig(f"ROCK_SNAPSHOT_MEMORY: {error}", hint="use a size like 4g, or 0") from None
 
 
 def _disk_limit(settings: Settings) -> int:

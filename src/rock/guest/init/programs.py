@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import resource
+import stat
 import struct
 import termios
 from typing import Any
@@ -34,12 +35,19 @@ class Program:
 
     def describe(self) -> dict[str, Any]:
         return {"pid": self.pid, "key": self.key, "keep": self.keep, "pty": self.has_pty, "ended": self.ended,
-                "streams": list(self.held)}
+                "streams": list(self.held), "pipes": {name: _pipe(fd) for name, fd in self.held.items()}}
 
     def release(self) -> None:
         for fd in self.held.values():
             os.close(fd)
         self.held.clear()
+
+
+def _pipe(fd: int) -> list[Any]:
+    """The number of a pipe, and whether the program at its other end reads ("r") or writes ("w"); else 0 and ""."""
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return [0, ""]
+    return [os.fstat(fd).st_ino, "r" if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY else "w"]
 
 
 class Streams:

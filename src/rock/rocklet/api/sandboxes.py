@@ -87,6 +87,7 @@ class Api:
             "node_configure",
             "node_snapshots",
             "node_checkpoint",
+            "node_forkable",
             "node_rollback",
             "node_delete_snapshot",
         ):
@@ -367,6 +368,9 @@ class Api:
     async def node_checkpoint(self, request: Request) -> Answer:
         spec = await request.model(NodeCheckpoint)
         return answer_model(await self.node.snapshots.checkpoint(request.path["sandbox_id"], spec))
+
+    async def node_forkable(self, request: Request) -> Answer:
+        return answer_model(await self.node.snapshots.forkable(request.path["sandbox_id"]))
 
     async def node_rollback(self, request: Request) -> Answer:
         spec = await request.model(NodeRollback)

@@ -28,8 +28,8 @@ class Interpreter:
     """The shell of a session. The caller begins a command only after the previous one has ended.
 
     handle: the sandbox; it changes when a session that was opened ahead is claimed. closed: the reason why no more
-    commands are accepted. first: a script to run ahead of the next command. run: the current command. rc: a new shell
-    reads its .bashrc.
+    commands are accepted. first: a script to run ahead of the next command. run: the current command. status: the exit
+    status of the last one. rc: a new shell reads its .bashrc.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Interpreter:
         self._rc = rc
         # reports to an earlier rocklet process never match a token of this one
         self._token = int(time.time() * 1000) % 1_000_000_000
-        self._status = 0
+        self.status = 0
         self._cwd: str | None = None
         self._idle_output = Capped(_IDLE_OUTPUT)
         self.replaced = False  # the shell ended between two commands, and its successor waits for its state
@@ -205,7 +205,7 @@ class Interpreter:
             self._shell.dialect,
             command,
             run.token,
-            previous=self._status,
+            previous=self.status,
             separate=separate,
             pty=self._spec.pty is not None,
         )
@@ -218,13 +218,13 @@ class Interpreter:
 
     async def aside(self, action: BashAction) -> BashObservation:
         """Run a command between those of the session; the status that the next one sees stays."""
-        status = self._status
+        status = self.status
         run = self.begin(action, None, None)
         try:
             return await self.finish(run, self.script(run, action.command, False), action.timeout)
         finally:
             self.run = None
-            self._status = status
+            self.status = status
             self.handover.ended()
 
     async def finish(
@@ -256,7 +256,7 @@ class Interpreter:
             report = await self.process.abort(run)
         restarted |= await self._settle(run, report, timed_out)
         observation = run.observe(report, timeout if timed_out else None, self.closed, restarted)
-        self._status = (observation.exit_code if observation.exit_code is not None else 124) & 255
+        self.status = (observation.exit_code if observation.exit_code is not None else 124) & 255
         return observation
 
     async def _settle(self, run: Run, report: shell_protocol.Report | ExitStatus, given_up: bool) -> bool:

@@ -51,6 +51,18 @@ class Session:
         """Held while a command runs."""
         return self._lock
 
+    @property
+    def status(self) -> int:
+        """The exit status of the last command."""
+        return self._interpreter.status
+
+    def continues(self, status: int, env: Mapping[str, str]) -> None:
+        """Continue the shell of another sandbox, of which this one is a copy: its last exit status, and variables that
+        have other values here."""
+        self._interpreter.status = status
+        self._interpreter.first += shell_protocol.exports(
+            {name: value for name, value in env.items() if shell_protocol.can_export(name)})
+
     # ---- start and end ----
 
     async def open(self) -> None:

@@ -172,7 +172,11 @@ class FakeRuntime:
             raise errors.NotFound(f"there is no snapshot {snapshot_id} on this worker", hint="`rock snapshot ls`")
         return found[0]
 
-    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"]) -> Frozen:
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
+                         processes: bool = False) -> Frozen:
+        if processes:
+            raise errors.Unsupported("processes cannot be copied: the fake runtime has none", sandbox_id=handle.id,
+                                     hint='use memory="files" or "auto"')
         if snapshot_id not in self._snapshots:
             if files == "switch":
                 raise errors.Unsupported("the fake runtime has no layers to switch", sandbox_id=handle.id,
@@ -181,6 +185,9 @@ class FakeRuntime:
             self._snapshots[snapshot_id] = tree, Frozen(handle, "copy", tree.used, 1, 0.0)
             self._runs_on[handle.data["slot"]] = snapshot_id
         return self._snapshots[snapshot_id][1]
+
+    async def refusals(self, handle: Handle) -> Sequence[str]:
+        return ["the fake runtime has no processes"]
 
     def parent(self, handle: Handle) -> str | None:
         found = self._runs_on.get(handle.data["slot"])

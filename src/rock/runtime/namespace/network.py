@@ -29,7 +29,7 @@ class NetworkPool:
 
     def __init__(self, usable: bool) -> None:
         self.usable = usable
-        self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self.home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._free: list[int] = []
 
     def take(self) -> int:
@@ -38,7 +38,7 @@ class NetworkPool:
 
     def give(self, fd: int) -> None:
         """Retain the namespace of an ended sandbox, or close it. OSError: the process cannot return from it."""
-        wanted = self.usable and len(self._free) < _MOST and not os.path.sameopenfile(fd, self._home)
+        wanted = self.usable and len(self._free) < _MOST and not os.path.sameopenfile(fd, self.home)
         if not wanted or not self._untouched(fd):
             os.close(fd)
         else:
@@ -48,7 +48,7 @@ class NetworkPool:
         kernel.setns(fd, kernel.CLONE_NEWNET)
 
     def back(self) -> None:
-        kernel.setns(self._home, kernel.CLONE_NEWNET)
+        kernel.setns(self.home, kernel.CLONE_NEWNET)
 
     def _untouched(self, fd: int) -> bool:
         try:

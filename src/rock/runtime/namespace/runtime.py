@@ -12,7 +12,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rock import errors
 from rock.images.records import RootFS
@@ -36,6 +36,12 @@ from rock.runtime.namespace.slots import Sandbox, Slots
 from rock.runtime.namespace.snapshots import Snapshots
 from rock.runtime.process.runtime import wait_gone
 
+
+def _quarter() -> int:
+    """A quarter of the memory of this machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of unclaimed pool members
 
 
@@ -51,7 +57,7 @@ class NamespaceRuntime(InitSandboxes):
     }
 
     def __init__(self, run_dir: Path, pool_size: int, images: Images, resolvers: Sequence[str] = (),
-                 disk_limit: int = 0, *, native: bool = True) -> None:
+                 disk_limit: int = 0, *, native: bool = True, snapshot_memory: int | None = None) -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
         self._egress = EgressSockets(self._run_dir, resolvers)
         self._images = images
@@ -61,7 +67,8 @@ class NamespaceRuntime(InitSandboxes):
         self._handles = Handles(self._slots, self._disks, disk_limit)
         self._factory = Factory(self._slots, self._disks, images)
         self._stopped = StoppedSandboxes(self._slots, self._handles, images)
-        self._snapshots = Snapshots(self._slots, images)
+        self._snapshots = Snapshots(
+            self._slots, images, _quarter() if snapshot_memory is None else snapshot_memory)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
             sandbox.pid: (sandbox.memory, sandbox.count_kill)
@@ -209,6 +216,7 @@ class NamespaceRuntime(InitSandboxes):
             else:
                 found = self._snapshots.get(config.snapshot)
                 sandbox = await self._made(id, kind, config, layers=found.layers, identity=found.identity)
+                await self._copy(sandbox, id, config.snapshot)
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
         if config.network == "nat":
             try:
@@ -217,6 +225,15 @@ class NamespaceRuntime(InitSandboxes):
                 await asyncio.shield(self._slots.discard(sandbox))
                 raise
         return handle
+
+    async def _copy(self, sandbox: Sandbox, id: str, snapshot_id: str) -> None:
+        """Start copies of the processes of a snapshot, if it has some."""
+        if self._snapshots.get(snapshot_id).copied:
+            try:
+                await self._snapshots.copies.start(sandbox, id, snapshot_id, self._snapshots.folder(snapshot_id))
+            except BaseException:
+                await asyncio.shield(self._slots.discard(sandbox))
+                raise
 
     async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
                     layers: Sequence[str] = (), identity: Sequence[str] = ()) -> Sandbox:
@@ -345,13 +362,20 @@ class NamespaceRuntime(InitSandboxes):
 
     # ---- snapshots ----
 
-    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"]) -> Frozen:
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
+                         processes: bool = False) -> Frozen:
+        link = self.link(handle) if processes else None
+        return await self._snapshots.checkpoint(handle, snapshot_id, files, self.image(handle),
+                                                self._switch_spec(handle, snapshot_id), link)
+
+    def _switch_spec(self, handle: Handle, snapshot_id: str) -> dict[str, Any]:
         rootfs, slot = self.image(handle), handle.data["slot"]
         layers = [snapshot_id, *self._snapshots.layers(slot)]
         config = SandboxConfig(image=rootfs.name)  # its limits do not matter here
-        spec = self._factory.spec(slot, handle.data["base"], Kind.of(rootfs, config), config, layers,
-                                  freezing=True)
-        return await self._snapshots.checkpoint(handle, snapshot_id, files, rootfs, spec)
+        return self._factory.spec(slot, handle.data["base"], Kind.of(rootfs, config), config, layers, freezing=True)
+
+    async def refusals(self, handle: Handle) -> Sequence[str]:
+        return await self._snapshots.refusals(handle, self._switch_spec(handle, "0" * 32), self.link(handle))
 
     def parent(self, handle: Handle) -> str | None:
         return self._snapshots.parent(handle.data["slot"])
@@ -360,6 +384,7 @@ class NamespaceRuntime(InitSandboxes):
         found = self._snapshots.get(snapshot_id)
         rootfs = self._snapshots.rootfs(snapshot_id)
         sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, layers=found.layers)
+        await self._copy(sandbox, handle.id, snapshot_id)
         replaced = self._handles.claimed(sandbox, handle.id, rootfs, config)
         if config.network == "nat":
             try:

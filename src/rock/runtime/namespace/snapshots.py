@@ -34,6 +34,7 @@ from rock.images.store import Images
 from rock.runtime.base import Frozen, Handle
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import records, retained
+from rock.runtime.namespace.copies import Copies, refused
 from rock.runtime.namespace.launcher import switch
 from rock.runtime.namespace.limits import disk_layout
 from rock.runtime.namespace.slots import Sandbox, Slots
@@ -50,7 +51,8 @@ _COPIER = str(Path(__file__).with_name("copier.py"))
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """A snapshot. layers: its own and those below it, newest first. rootfs: the image, see `retained.write_note`.
-    identity: files that each new sandbox has new, or not at all: the machine id and the host keys of SSH."""
+    identity: files that each new sandbox has new, or not at all: the machine id and the host keys of SSH. copied: see
+    Frozen."""
 
     id: str
     sandbox: str
@@ -61,13 +63,16 @@ class Snapshot:
     left_out: Sequence[str]
     paused_ms: float
     identity: Sequence[str] = ()
+    copied: Sequence[str] | None = None
 
 
 class Snapshots:
     """The snapshots below the run folder of `slots`."""
 
-    def __init__(self, slots: Slots, images: Images) -> None:
+    def __init__(self, slots: Slots, images: Images, memory: int) -> None:
+        """memory: see Copies."""
         self._slots = slots
+        self.copies = Copies(slots, memory)
         self._images = images
         self._known: dict[str, Snapshot] = {}
         self._layers = slots.layers  # also of starts and checkpoints in progress, under other names
@@ -247,14 +252,16 @@ class Snapshots:
     # ---- checkpoint ----
 
     async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
-                         rootfs: RootFS, spec: dict[str, Any]) -> Frozen:
-        """See `Forks.checkpoint`. spec: of a create of this sandbox."""
+                         rootfs: RootFS, spec: dict[str, Any], link: InitLink | None) -> Frozen:
+        """See `Forks.checkpoint`. spec: of a create of this sandbox. link: of its pid 1, to copy its processes."""
         known = self._known.get(snapshot_id)
         if known is not None:
             return _report(handle, known)
         sandbox = self._slots.find(handle)
         layers = self.layers(sandbox.slot)
         self._refuse(handle, layers)
+        if link is not None and (files == "copy" or (reason := self.copies.refused())):
+            raise refused(handle, ['files="copy" takes files alone' if files == "copy" else reason])
         folder = self.folder(snapshot_id)
         await self.collected()  # the remains of an earlier attempt
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
@@ -262,13 +269,16 @@ class Snapshots:
             await asyncio.to_thread(self._make, folder)
             left_out = await asyncio.to_thread(_left_out, sandbox.pid)
             reasons: list[str] = []
+            copied: Sequence[str] | None = None
             paused = -1.0
             used: Literal["switch", "copy"] = "copy"
             if files != "copy":
-                reasons, paused, lost = await self._switch(sandbox, spec, folder)
+                reasons, paused, lost, copied = await self._switch(sandbox, spec, folder, link)
                 left_out += lost
                 if paused >= 0:
                     used = "switch"
+                elif link is not None:
+                    raise refused(handle, reasons)
                 elif files == "switch":
                     raise errors.Unsupported(f"files cannot be switched: {'; '.join(reasons)}", sandbox_id=handle.id,
                                              hint='use files="copy", or "auto", which copies where that is necessary')
@@ -279,13 +289,17 @@ class Snapshots:
                 self._layers[sandbox.slot] = [snapshot_id, *layers]
                 await faults.point("namespace.checkpoint.switched")
                 self._switched(sandbox, handle, [snapshot_id, *layers])
+            if link is not None and copied is None:
+                raise errors.StorageFull(f"the memory of the processes could not be stored: {'; '.join(reasons)}",
+                                         sandbox_id=handle.id, hint="free space on the worker's disk")  # fmt: skip
             await faults.point("namespace.checkpoint.frozen")
             size = await asyncio.to_thread(disk_layout.written, f"{folder}/upper")
             made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, size,
-                            left_out, round(paused * 1000, 3))
+                            left_out, round(paused * 1000, 3), copied=copied)
             made = await asyncio.to_thread(self._complete, made, rootfs)
         except BaseException as error:
             self._layers.pop(f"new {snapshot_id}", None)
+            self.copies.forget(snapshot_id)
             self._collect()  # the layer stays while the sandbox runs on it
             if isinstance(error, OSError):
                 raise atomic_file.not_kept(error, handle.id, "a snapshot") from None
@@ -296,6 +310,18 @@ class Snapshots:
         with contextlib.suppress(errors.ImageError):
             self._leases[snapshot_id] = self._images.lease(rootfs)
         return _report(handle, made)
+
+    async def refusals(self, handle: Handle, spec: dict[str, Any], link: InitLink) -> Sequence[str]:
+        """See `Forks.refusals`."""
+        if reason := self.copies.refused():
+            return [reason]
+        sandbox = self._slots.find(handle)
+        try:
+            self._refuse(handle, self.layers(sandbox.slot))
+        except errors.Unsupported as error:
+            return [error.message]
+        reply = await self.copies.take(sandbox, spec, link, sandbox.slot, dry=True)
+        return [str(reason) for reason in reply.get("refused", [reply.get("error")])]
 
     def _make(self, folder: str) -> None:
         """Create the folder of a layer. OSError, also when little space is left, which running sandboxes need."""
@@ -318,23 +344,34 @@ class Snapshots:
                                      sandbox_id=handle.id,
                                      hint="use files=\"copy\" for some, or commit it to an image and go on from that")
 
-    async def _switch(self, sandbox: Sandbox, spec: dict[str, Any], folder: str) -> tuple[list[str], float, list[str]]:
-        """The reasons against a switch; else how long processes were stopped in seconds, and those that were killed."""
+    async def _switch(self, sandbox: Sandbox, spec: dict[str, Any], folder: str, link: InitLink | None,
+                      ) -> tuple[list[str], float, list[str], Sequence[str] | None]:
+        """The reasons against a switch; else how long processes were stopped in seconds, those that were killed, and
+        the keys of programs that were copied."""
         spec = {**spec, "pid": sandbox.pid, "start": sandbox.start, "frozen": folder}
         try:
-            reply = await self._slots.launcher.request("switch", spec)
+            if link is None:
+                reply = await self._slots.launcher.request("switch", spec)
+            else:
+                reply = await self.copies.take(sandbox, spec, link, os.path.basename(folder))
         except errors.RockError:  # the launcher ended in the middle: as after a crash of the server
             await asyncio.to_thread(self._settle, sandbox.slot)
             found = records.read(self._slots.run_dir, sandbox.slot).get("snapshots", [])
             sandbox.snapshots = self._layers[sandbox.slot] = [str(one) for one in found]
             raise
         if "refused" in reply:
-            return list(reply["refused"]), -1.0, []
+            return list(reply["refused"]), -1.0, [], None
         if "error" in reply:
             if reply.get("errno") == errno.ESRCH:
                 raise errors.Lost("the sandbox has ended")
-            return [str(reply["error"])], -1.0, []
-        return [], float(reply["paused"]), list(reply["lost"])
+            if reply.get("errno") == errno.ECHILD:  # the template was killed, perhaps in the middle
+                await asyncio.to_thread(self._settle, sandbox.slot)
+                found = records.read(self._slots.run_dir, sandbox.slot).get("snapshots", [])
+                sandbox.snapshots = self._layers[sandbox.slot] = [str(one) for one in found]
+                raise errors.Unavailable(f"the processes were not copied: {reply['error']}", hint="retry")
+            return [str(reply["error"])], -1.0, [], None
+        failed = [str(reply["failed"])] if "failed" in reply else []
+        return failed, float(reply["paused"]), list(reply["lost"]), reply.get("keys")
 
     def _switched(self, sandbox: Sandbox, handle: Handle, layers: Sequence[str]) -> None:
         """Record that the sandbox runs on its frozen files."""
@@ -376,6 +413,7 @@ class Snapshots:
 
     async def drop(self, snapshot_id: str) -> bool:
         """Remove a snapshot; False when its layer is still used. Idempotent."""
+        self.copies.forget(snapshot_id)
         if self._known.pop(snapshot_id, None) is None:
             return True
         with contextlib.suppress(FileNotFoundError):
@@ -418,7 +456,8 @@ def _names(layer: str, path: str) -> list[str]:
 
 
 def _report(handle: Handle, found: Snapshot) -> Frozen:
-    return Frozen(handle, found.files, found.bytes, len(found.layers), found.paused_ms, list(found.left_out))
+    return Frozen(handle, found.files, found.bytes, len(found.layers), found.paused_ms, list(found.left_out),
+                  found.copied)
 
 
 def _left_out(first: int) -> list[str]:

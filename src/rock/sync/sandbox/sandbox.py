@@ -17,7 +17,7 @@ from rock.agents import Recipe
 from rock.protocol.action import BashAction, BashObservation, CommandResponse, ConnectionList, GroupInfo
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State, Usage
-from rock.protocol.snapshots import ForkResult, Mechanism, Memory, SnapshotInfo
+from rock.protocol.snapshots import Forkable, ForkResult, Mechanism, Memory, SnapshotInfo
 from rock.protocol.wire import html_table
 from rock.sync import primitives
 from rock.sdk.http import query_string
@@ -200,6 +200,11 @@ class Sandbox(RockMethods):
         """
         body = {"memory": memory, "files": files, "name": name, "wait": wait, "ttl_seconds": ttl_seconds}
         return parse(SnapshotInfo, self._snapshot_call("checkpoint_sandbox", body, wait))
+
+    def forkable(self) -> Forkable:
+        """The level that `checkpoint(memory="auto")` would have at this moment, and the reasons against a better one.
+        Nothing is taken; processes stop for some milliseconds."""
+        return parse(Forkable, self._call("forkable_sandbox", self._path("forkable_sandbox"), wait=CLEAN_UP))
 
     def rollback(self, snapshot: SnapshotInfo | str) -> None:
         """Return to a snapshot (or its id or name): a new set of files, processes end, and the sessions of the snapshot

@@ -32,6 +32,11 @@ class HostNamespaces:
         self._permitted = kernel.permitted()
         self._privileged = privileged
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The descriptors that `back` needs."""
+        return self._fd, self._nets.home
+
     def enter(self, pid: int, owner: int, net: int | None) -> None:
         """Enter the namespaces of a process; new files belong to `owner` from then on. All rights are retained.
 

@@ -3,7 +3,8 @@
     rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── zygote.py ──► a waiting child in new namespaces (child_setup.py)
                                            └── enters them, builds the mounts (furnish.py), then lets the child continue
 
-Requests: create, retire (end a sandbox and remove its remains), switch (freeze its files as a layer), ahead (prepare
+Requests: create, retire (end a sandbox and remove its remains), switch (freeze its files as a layer), take, start and
+forget (copies of processes, by a template: templates.py), ahead (prepare
 user namespaces and run folders while idle), wired (whether networks with egress are possible), floor (a bare namespace
 fork, for `bench`). Several creates run concurrently; the launcher replies when each sandbox is ready. It exits when its
 socket closes; sandboxes continue to run. Standard library only, with few imports: each import adds to the memory of
@@ -39,6 +40,7 @@ from typing import Any
 from rock.guest.init import native, process_tree, syscalls
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import child_setup, furnish, kernel, mounts, seccomp, snapshot, switch, userns
+from rock.runtime.namespace.launcher.templates import Templates
 from rock.runtime.namespace.launcher.zygote import Area, Zygote
 from rock.runtime.namespace.limits import cgroups, counters
 from rock.runtime.namespace.limits.counters import Counters
@@ -73,6 +75,7 @@ class Launcher:
         self.spare: deque[int | str] = deque()  # first ids of ranges, and run folders, to prepare while idle
         self.listeners: dict[str, socket.socket] = {}
         self.outgoing: deque[tuple[bytes, list[int]]] = deque()
+        self.templates = Templates(self._answer, self._be_template)
 
     def prepare(self) -> None:
         """Create a private mount namespace with the staging folder; as an ordinary user, a user namespace first."""
@@ -129,6 +132,8 @@ class Launcher:
                     self._settle(fd)
                 elif fd in self.retiring:
                     self._retired(fd)
+                elif fd in self.templates:
+                    self.templates.readable(fd, self.poll)
             self._reap()
             self._give_up()
             if self.queue and not self.zygote.full:  # create one, then poll for ready children
@@ -169,6 +174,11 @@ class Launcher:
                 self._retire(request)
             elif request["op"] == "switch":
                 self._answer(request, self._switch(request))
+            elif request["op"] in ("take", "start"):
+                request["cgroups"] = [*request["cgroups"], *(self.groups.folders if self.groups else ())]
+                self.templates.forward(request, fds, self.poll)
+            elif request["op"] == "forget":
+                self.templates.forget(request["snapshot"], self.poll)
             elif request["op"] == "ahead":
                 bases = [base for base in request["ranges"] if base not in self.ranges]
                 self.spare = deque([*bases, *request["folders"]])  # replaces the earlier request
@@ -264,6 +274,16 @@ class Launcher:
             return {"refused": [str(reason) for reason in error.args]}
         except OSError as error:
             return {"error": str(error), "errno": error.errno or 0}
+
+    def _be_template(self, sock: socket.socket, request: dict[str, Any]) -> None:
+        """In a fork: hold the memory of a snapshot. Its modules are imported there, so that sandboxes do not have
+        them."""
+        from rock.runtime.namespace.processes import template
+
+        namespace = self.ranges.get(request["base"]) if self.privileged and request["op"] == "take" else -1
+        request["privileged"] = self.privileged
+        template.main(sock, request, [*self.home.descriptors, namespace], lambda spec, between: switch.switch(
+            spec, self.staging, namespace, self.home, between))
 
     def _try_wired(self) -> dict[str, Any]:
         """Whether this host supports a network namespace with egress; leaves nothing behind."""

@@ -18,6 +18,7 @@ _O_PATH = os.O_PATH
 _DROPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW
 _APPEND_ONLY = os.O_WRONLY | os.O_APPEND
 _DELETED = " (deleted)"
+_TRAP = 1 << 4  # SIGTRAP in a mask
 _KCMP, _KCMP_FILE = 312, 0
 _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/dev/", "/i915", "anon_inode:")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -81,10 +82,11 @@ def mount_of(path: str) -> int:
 
 
 def _mount(path: str) -> int:
-    return int(_info(path).get("mnt_id", "-1"))
+    return int(fields_of(path).get("mnt_id", "-1"))
 
 
-def _info(path: str) -> dict[str, str]:
+def fields_of(path: str) -> dict[str, str]:
+    """The lines of a file of /proc as names and values."""
     found: dict[str, str] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -117,6 +119,8 @@ def look(pid: int, first: int, replaced: Mapping[int, str], namespace: str, end:
             problems.append(f"{name} has a mount namespace of its own")
         if os.readlink(f"/proc/{pid}/root") != "/":
             problems.append(f"{name} has another root directory")
+        if int(status(pid).get("SigIgn", "0"), 16) & _TRAP:
+            problems.append(f"{name} ignores SIGTRAP, which injected calls would reset")
         folder = _folder(pid, name, replaced, problems)
         files = list(_files(pid, name, replaced, problems, sockets, end))
         problems += _mappings(pid, name)
@@ -134,10 +138,11 @@ class _Name:
         self._pid = pid
 
     def __str__(self) -> str:
-        return _name(self._pid)
+        return label(self._pid)
 
 
-def _name(pid: int) -> str:
+def label(pid: int) -> str:
+    """How a process is named in a report: its number inside, and its command line."""
     text = b""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
         text = file.read(200).replace(b"\0", b" ").strip()
@@ -152,7 +157,7 @@ def _inside(pid: int) -> str:
 
 def status(pid: int) -> dict[str, str]:
     """The lines of /proc/PID/status."""
-    return _info(f"/proc/{pid}/status")
+    return fields_of(f"/proc/{pid}/status")
 
 
 def _filters(pid: int) -> str:
@@ -165,7 +170,7 @@ def _filters(pid: int) -> str:
 def own_filters(counts: Mapping[int, str], first: int) -> list[str]:
     """Processes with more filters than the least of all but pid 1, which has its own number."""
     least = min((int(text) for pid, text in counts.items() if pid != first and text.isdigit()), default=0)
-    return [f"{_name(pid)} has a system call filter of its own" for pid, text in counts.items()
+    return [f"{label(pid)} has a system call filter of its own" for pid, text in counts.items()
             if pid != first and text != str(least)]  # fmt: skip
 
 
@@ -197,7 +202,7 @@ def _files(pid: int, name: _Name, replaced: Mapping[int, str], problems: list[st
             problems.append(f"{name} watches files with inotify (descriptor {number})")
         if not target.startswith("/"):
             continue
-        data = _info(f"/proc/{pid}/fdinfo/{number}")
+        data = fields_of(f"/proc/{pid}/fdinfo/{number}")
         if int(data.get("mnt_id", "-1")) not in replaced:
             continue
         flags, offset, info = int(data["flags"], 8), int(data["pos"]), os.stat(link)
@@ -235,7 +240,7 @@ def shared(found: Sequence[Found]) -> list[str]:
                 continue
             others = known.setdefault((file.path, file.flags), [])
             if any(_same(one.pid, file.number, pid, number) for pid, number in others):
-                problems.append(f"{_name(one.pid)} shares the open file {file.path[:200]!r} with another process")
+                problems.append(f"{label(one.pid)} shares the open file {file.path[:200]!r} with another process")
                 break
             others.append((one.pid, file.number))
     return problems

@@ -31,6 +31,8 @@ _WALL = 0x40000000
 _EVENT_STOP = 128
 _SYSCALL = b"\x0f\x05"
 _PAGE = 4096
+# All signals but SIGTRAP: when a single step finds that blocked, the kernel resets its handler.
+_BLOCKED = struct.pack("=Q", ~(1 << (signal.SIGTRAP - 1)) & (1 << 64) - 1)
 _LONGEST = 4096  # bytes of an argument in memory
 _MOST_THREADS = 4096
 _MOST_STEPS = 100
@@ -51,7 +53,7 @@ class _Vector(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
-def _call(request: int, tid: int, address: int = 0, data: int = 0) -> int:
+def call(request: int, tid: int, address: int = 0, data: int = 0) -> int:
     result = int(_ptrace(request, tid, address, data))
     if result < 0:
         number = ctypes.get_errno()
@@ -65,6 +67,7 @@ class Stopped:
     def __init__(self) -> None:
         self._threads: dict[int, int] = {}  # thread -> its process
         self._pending: dict[int, list[int]] = {}  # thread -> signals that it has to get when it continues
+        self.halted: set[int] = set()  # processes that a signal such as SIGSTOP had stopped before
 
     @property
     def pids(self) -> list[int]:
@@ -82,14 +85,14 @@ class Stopped:
                 if len(self._threads) >= _MOST_THREADS:
                     raise NotStopped(f"more than {_MOST_THREADS} threads")
                 try:
-                    _call(_SEIZE, tid)
+                    call(_SEIZE, tid)
                 except OSError as error:
                     if error.errno == errno.ESRCH or _is_dead(pid, tid):
                         continue
                     raise
                 self._threads[tid] = pid
                 with contextlib.suppress(OSError):
-                    _call(_INTERRUPT, tid)
+                    call(_INTERRUPT, tid)
                 fresh.append(tid)
         for tid in fresh:
             self._await_stop(tid, end)
@@ -116,8 +119,16 @@ class Stopped:
 
     def _note(self, tid: int, status: int) -> None:
         """Record a signal that the thread was about to receive."""
-        if status >> 16 != _EVENT_STOP and (number := os.WSTOPSIG(status)) != signal.SIGTRAP:
+        number = os.WSTOPSIG(status)
+        if status >> 16 != _EVENT_STOP and number != signal.SIGTRAP:
             self._pending.setdefault(tid, []).append(number)
+        elif status >> 16 == _EVENT_STOP and number != signal.SIGTRAP:
+            self.halted.add(self._threads[tid])
+
+    @property
+    def interrupted(self) -> set[int]:
+        """The processes that were about to receive a signal."""
+        return {self._threads[tid] for tid in self._pending if tid in self._threads}
 
     def release(self) -> None:
         """Let all threads continue, children first. Idempotent."""
@@ -125,7 +136,7 @@ class Stopped:
         for tid in reversed(threads):
             signals = self._pending.pop(tid, [])
             with contextlib.suppress(OSError):
-                _call(_DETACH, tid, 0, signals[0] if signals else 0)
+                call(_DETACH, tid, 0, signals[0] if signals else 0)
             for number in signals[1:]:
                 with contextlib.suppress(OSError):
                     os.kill(tid, number)
@@ -159,19 +170,19 @@ class Injection:
     def __enter__(self) -> Injection:
         saved = ctypes.create_string_buffer(_REGISTERS)
         vector = _Vector(ctypes.addressof(saved), _REGISTERS)
-        _call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+        call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
         if vector.length != _REGISTERS:
             raise OSError(errno.ENOTSUP, "it is not a 64-bit program")
         self._saved = bytes(saved.raw)
         mask = ctypes.create_string_buffer(8)
-        _call(_GETSIGMASK, self.pid, 8, ctypes.addressof(mask))
+        call(_GETSIGMASK, self.pid, 8, ctypes.addressof(mask))
         self._mask = bytes(mask.raw)
         instruction, self._room = _places(self.pid)
         self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         try:
             self._instruction = self._find(*instruction)
             self._old = os.pread(self._memory, _LONGEST, self._room)
-            self._set_mask(b"\xff" * 8)
+            self._set_mask(_BLOCKED)
         except BaseException:
             os.close(self._memory)
             raise
@@ -209,10 +220,10 @@ class Injection:
 
     def _set_registers(self, data: bytes) -> None:
         vector = _Vector(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p), len(data))
-        _call(_SETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+        call(_SETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
 
     def _set_mask(self, mask: bytes) -> None:
-        _call(_SETSIGMASK, self.pid, 8, ctypes.cast(ctypes.c_char_p(mask), ctypes.c_void_p).value or 0)
+        call(_SETSIGMASK, self.pid, 8, ctypes.cast(ctypes.c_char_p(mask), ctypes.c_void_p).value or 0)
 
     def text(self, value: bytes) -> int:
         """Put a string into its memory for the next call; returns the address. OSError for a too long one."""
@@ -223,6 +234,29 @@ class Injection:
             raise OSError(errno.EFAULT, "its memory cannot be written")
         return self._room
 
+    def put(self, data: bytes) -> int:
+        """Put data into its memory for the next call; returns the address. OSError."""
+        if len(data) > _LONGEST or os.pwrite(self._memory, data, self._room) != len(data):
+            raise OSError(errno.EFAULT, "its memory cannot be written")
+        return self._room
+
+    def fetch(self, length: int) -> bytes:
+        """The data that the last call left at the address of `put`. OSError."""
+        data = os.pread(self._memory, length, self._room)
+        if len(data) != length:
+            raise OSError(errno.EFAULT, "its memory cannot be read")
+        return data
+
+    @property
+    def registers(self) -> bytes:
+        """Its registers before the first call."""
+        return self._saved
+
+    @property
+    def blocked(self) -> bytes:
+        """Its signal mask before the first call."""
+        return self._mask
+
     def call(self, number: int, *arguments: int) -> int:
         """Execute a system call; returns its result. OSError with its errno."""
         values = list(struct.unpack("=27Q", self._saved))
@@ -231,13 +265,13 @@ class Injection:
             values[place] = value & (1 << 64) - 1
         self._set_registers(struct.pack("=27Q", *values))
         for _ in range(_MOST_STEPS):
-            _call(_SINGLESTEP, self.pid)
+            call(_SINGLESTEP, self.pid)
             status = self._wait()
             if not os.WIFSTOPPED(status):
                 raise OSError(errno.ESRCH, "it ended meanwhile")
             after = ctypes.create_string_buffer(_REGISTERS)
             vector = _Vector(ctypes.addressof(after), _REGISTERS)
-            _call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+            call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
             found = struct.unpack("=27Q", after.raw)
             if found[_RIP] != self._instruction:
                 break

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rock.guest.init import process_tree
@@ -31,9 +31,11 @@ class Refused(Exception):
     """The sandbox has something that a switch cannot preserve. args: the reasons."""
 
 
-def switch(spec: dict[str, Any], staging: str, namespace: int, home: furnish.HostNamespaces) -> dict[str, Any]:
+def switch(spec: dict[str, Any], staging: str, namespace: int, home: furnish.HostNamespaces,
+           between: Callable[[ptrace.Stopped], None] | None = None) -> dict[str, Any]:
     """Switch a sandbox. spec: as of a create, with the layers that it has afterwards; `pid`, `start`, and `frozen`, the
-    folder that receives the written files. Refused, OSError."""
+    folder that receives the written files. between: called while all processes are stopped, before any change.
+    Refused, OSError."""
     entry = process_tree.read(spec["pid"])
     if entry is None or entry.start != spec["start"]:
         raise ProcessLookupError(errno.ESRCH, "its pid 1 has ended")
@@ -47,6 +49,8 @@ def switch(spec: dict[str, Any], staging: str, namespace: int, home: furnish.Hos
         replaced, others = _replaced(spec)
         found = _look(stopped.pids, spec["pid"], replaced, began + 2 * _PATIENCE)
         _rehearse(found)
+        if between is not None:
+            between(stopped)
         with _moved(spec):
             _mount(spec, staging, namespace, home, set(replaced.values()), others)
         lost = [reason for one in found if (reason := _repair(one))]

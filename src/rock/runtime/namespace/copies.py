@@ -1,0 +1,120 @@
+"""Copied processes of snapshots: take them, start copies, and keep templates within a limit of memory (decision 52).
+
+    <run_dir>/snapshots/ID/processes.json, /pages    the processes (processes/state.py), beside the files
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from rock import errors, faults
+from rock.runtime.base import Handle
+from rock.runtime.init.link import InitLink
+from rock.runtime.namespace.launcher import ptrace
+from rock.runtime.namespace.processes import state
+from rock.runtime.namespace.slots import Sandbox, Slots
+
+_STREAMS = "streams"
+_ATTEMPTS = 2
+_PAUSES = (0.003, 0.01, 0.03, 0.1)  # seconds before a look is repeated, such as while a process receives a signal
+
+
+class Copies:
+    """memory: bytes of the templates of all snapshots, and most bytes of one. Templates over it end, the one that was
+    not used for the longest time first; the next start reads the pages from the disk."""
+
+    def __init__(self, slots: Slots, memory: int) -> None:
+        self._slots = slots
+        self.memory = memory
+        self._held: OrderedDict[str, int] = OrderedDict()  # bytes by snapshot
+
+    def refused(self) -> str:
+        """The reason why this server copies no processes, or ""."""
+        if os.geteuid() != 0:
+            return "the server is not root"
+        if not ptrace.SUPPORTED:
+            return "this machine's processor is not supported"
+        if not self.memory:
+            return "ROCK_SNAPSHOT_MEMORY is 0"
+        return ""
+
+    # ---- take ----
+
+    async def take(self, sandbox: Sandbox, spec: dict[str, Any], link: InitLink, snapshot_id: str, *,
+                   dry: bool = False) -> dict[str, Any]:
+        """The launcher's reply to a switch with processes. dry: only the reasons against it. Ended."""
+        name = f"look {snapshot_id}" if dry else snapshot_id
+        for pause in (*_PAUSES, None):
+            hello, _ = await link.request("hello")
+            await faults.point("namespace.processes.known")
+            reply = await self._slots.launcher.request("take", {
+                **spec, "pid": sandbox.pid, "start": sandbox.start, "snapshot": name, "dry": dry, "most": self.memory,
+                "programs": hello["programs"]})  # fmt: skip
+            if not reply.get("passing") or pause is None:
+                break
+            await asyncio.sleep(pause)
+        await faults.point("namespace.processes.taken")
+        if reply.get("copied"):
+            self._hold(snapshot_id, int(reply["bytes"]))
+        return reply
+
+    def _hold(self, snapshot_id: str, size: int) -> None:
+        self._held[snapshot_id] = size
+        self._held.move_to_end(snapshot_id)
+        while sum(self._held.values()) > self.memory and len(self._held) > 1:
+            self.forget(next(iter(self._held)))
+
+    def forget(self, snapshot_id: str) -> None:
+        """End the template of a snapshot. Idempotent."""
+        if self._held.pop(snapshot_id, None) is not None:
+            self._slots.launcher.post("forget", {"snapshot": snapshot_id})
+
+    # ---- start ----
+
+    async def start(self, sandbox: Sandbox, handle_id: str, snapshot_id: str, folder: str) -> None:
+        """Start copies of the processes in a new sandbox. StartFailed, Lost; the sandbox is then to be removed."""
+        programs, size = await asyncio.to_thread(_programs, Path(folder), handle_id)
+        link = sandbox.link
+        assert link is not None
+        reply, fds = await link.request("adopt", {"programs": programs})
+        try:
+            await faults.point("namespace.processes.adopted")
+            self._hold(snapshot_id, size)
+            for _ in range(_ATTEMPTS):
+                done = await self._slots.launcher.ask("start", {
+                    "snapshot": snapshot_id, "folder": folder, "pid": sandbox.pid, "start": sandbox.start,
+                    "cgroups": list(sandbox.folders.values()), _STREAMS: reply[_STREAMS]}, fds)  # fmt: skip
+                if done.get("errno") != errno.ECHILD:  # else the template was killed, and what it had begun
+                    break
+        finally:
+            for fd in fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        await faults.point("namespace.processes.started")
+        if "error" not in done:
+            return
+        raise errors.StartFailed(f"the processes of snapshot {snapshot_id} could not be started: {done['error']}",
+                                 sandbox_id=handle_id,
+                                 hint="raise the limits of the sandbox, or take a snapshot with memory=\"session\"")
+
+
+def _programs(folder: Path, sandbox_id: str) -> tuple[list[dict[str, Any]], int]:
+    """The programs of copied processes, as pid 1 adopts them, and the bytes of their pages. StartFailed."""
+    try:
+        tree = state.read(str(folder))
+    except (OSError, state.Damaged) as error:
+        raise errors.StartFailed(f"the processes of snapshot {folder.name} cannot be read: {error}",
+                                 sandbox_id=sandbox_id, hint="start from another snapshot") from None
+    return [{"pid": one.pid, "key": one.key, _STREAMS: dict(one.streams)} for one in tree.programs], tree.bytes
+
+
+def refused(handle: Handle, reasons: list[str]) -> errors.Unsupported:
+    """The error for processes that cannot be copied."""
+    return errors.Unsupported(f"processes cannot be copied: {'; '.join(reasons)}", sandbox_id=handle.id,
+                              hint='end them, or use memory="session" or "auto"')

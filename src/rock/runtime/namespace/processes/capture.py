@@ -1,0 +1,341 @@
+"""Takes the state of stopped processes: registers, what only a process itself can tell, and its pages.
+
+    stopped processes ── /proc (inventory.py), ptrace ──► state.Process ── process_vm_readv ──► this process's memory
+
+The processes stay as they were: an injected call only reads. Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+
+from rock.runtime.namespace.launcher import process_files, ptrace, syscall_list
+from rock.runtime.namespace.processes import address_space, inventory, state
+from rock.runtime.namespace.processes.address_space import PAGE, Range
+from rock.runtime.namespace.processes.inventory import Found, Inventory
+
+NUMBERS = {**syscall_list.NUMBERS["x86_64"], "clone3": 435, "close_range": 436}
+_GETREGSET, _GET_RSEQ = 0x4204, 0x420F
+_XSTATE = 0x202
+_LARGEST_XSTATE = 16384
+_PR = {"death_signal": 2, "dumpable": 3, "securebits": 27, "subreaper": 37, "tid_address": 40}
+_BY_ADDRESS = ("death_signal", "subreaper", "tid_address")
+_TIMERS = (0, 1, 2)
+_BATCH = 512  # ranges of one process_vm_readv
+_libc = ctypes.CDLL(None, use_errno=True)
+_readv = _libc.process_vm_readv
+_readv.restype = ctypes.c_ssize_t
+
+
+class Refused(Exception):
+    """The processes cannot be copied. args: the reasons. passing: all of them usually pass in some milliseconds."""
+
+    passing = False
+
+
+class TooLarge(Exception):
+    """The processes have more memory of their own than there is room for."""
+
+
+def inspect(stopped: ptrace.Stopped, first: int,
+            programs: Sequence[Mapping[str, object]]) -> tuple[Inventory, list[state.Program]]:
+    """What the stopped processes have. Refused with the reasons against a copy, OSError."""
+    found = Inventory([pid for pid in stopped.pids if pid != first], first)
+    try:
+        known = found.look(programs)
+    finally:
+        found.close()
+    for pids, what, problems in ((stopped.halted, "is stopped by a signal", found.problems),
+                                 (stopped.interrupted, "is receiving a signal", found.passing)):
+        problems += [f"{process_files.label(pid)} {what}" for pid in pids if pid != first]
+    if found.problems or found.passing:
+        refused = Refused(*[*found.problems, *found.passing][:20])
+        refused.passing = not found.problems
+        raise refused
+    return found, known
+
+
+def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str, object]], most: int,
+            check: Callable[[], None]) -> tuple[state.Tree, Pages]:
+    """The state of all stopped processes but pid 1, `first`, and their pages. most: bytes of pages. check: raises when
+    the time is over. Refused, TooLarge, OSError; all processes are then as before."""
+    found, known = inspect(stopped, first, programs)
+    check()
+    pages = Pages(found.processes, most)
+    try:
+        processes = []
+        for one in found.processes:
+            processes.append(_process(one, found, pages.runs[one.outside]))
+            check()
+        pages.read()
+    except BaseException:
+        pages.close()
+        raise
+    return state.Tree(known, processes, found.descriptions, found.pipes, pages.size, pages.bytes), pages
+
+
+# ---- registers, and what only the process itself can tell ----
+
+
+def _process(one: Found, found: Inventory, runs: Sequence[state.Run]) -> state.Process:
+    pid, status = one.outside, one.status
+    extended = register_set(pid, _XSTATE)
+    rseq = rseq_of(pid)
+    robust = _robust_list(pid)
+    with ptrace.Injection(pid) as process:
+        own = _ask(process, int(status["SigCgt"], 16))
+        registers, blocked = process.registers, process.blocked
+    if own.securebits:
+        raise Refused(f"{process_files.label(pid)} has secure bits")
+    memory = list(one.memory)
+    memory[5] = own.break_
+    with open(f"/proc/{pid}/auxv", "rb") as file:
+        auxiliary = file.read()
+    return state.Process(
+        pid=one.pid, parent=one.parent, session=one.session, group=one.group, name=one.name, registers=registers,
+        extended=extended, blocked=blocked, rseq=rseq, robust_list=robust, mappings=one.mappings, runs=runs,
+        memory=memory, auxiliary=auxiliary, program=one.program, folder=one.folder, umask=int(status["Umask"], 8),
+        ids=_ids(pid, status), groups=[_inside(number, _map(pid, "gid")) for number in status["Groups"].split()],
+        capabilities=inventory.capabilities(status)[:4], nice=one.nice,
+        oom_score=int(_text(f"/proc/{pid}/oom_score_adj")),
+        limits=limits(pid),
+        actions=own.actions, ignored=int(status["SigIgn"], 16), alternate_stack=own.alternate_stack,
+        timers=own.timers, tid_address=own.tid_address, subreaper=own.subreaper, death_signal=own.death_signal,
+        dumpable=own.dumpable, personality=int(_text(f"/proc/{pid}/personality"), 16),
+        descriptors=found.descriptors[pid])  # fmt: skip
+
+
+class _Own:
+    """What only a process itself can read, by injected calls."""
+
+    break_ = securebits = tid_address = death_signal = dumpable = 0
+    subreaper = False
+    alternate_stack = b""
+    timers: Sequence[bytes] = ()
+    actions: Sequence[tuple[int, bytes]] = ()
+
+
+def _ask(process: ptrace.Injection, handled: int) -> _Own:
+    own = _Own()
+    own.break_ = process.call(NUMBERS["brk"], 0)
+    for name, option in _PR.items():
+        if name in _BY_ADDRESS:
+            process.call(NUMBERS["prctl"], option, process.put(bytes(8)), 0, 0, 0)
+            value = int(struct.unpack("=Q", process.fetch(8))[0])
+            setattr(own, name, bool(value) if name == "subreaper" else value)
+        else:
+            setattr(own, name, process.call(NUMBERS["prctl"], option, 0, 0, 0, 0))
+    process.call(NUMBERS["sigaltstack"], 0, process.put(bytes(24)))
+    own.alternate_stack = process.fetch(24)
+    timers = []
+    for which in _TIMERS:
+        process.call(NUMBERS["getitimer"], which, process.put(bytes(32)))
+        timers.append(process.fetch(32))
+    own.timers = timers
+    actions = []
+    for number in range(1, 65):
+        if handled >> (number - 1) & 1:
+            process.call(NUMBERS["rt_sigaction"], number, 0, process.put(bytes(32)), 8)
+            actions.append((number, process.fetch(32)))
+    own.actions = actions
+    return own
+
+
+def register_set(pid: int, kind: int) -> bytes:
+    """Registers of a stopped process. OSError."""
+    buffer = ctypes.create_string_buffer(_LARGEST_XSTATE)
+    vector = struct.pack("=QQ", ctypes.addressof(buffer), _LARGEST_XSTATE)
+    place = ctypes.create_string_buffer(vector, 16)
+    ptrace.call(_GETREGSET, pid, kind, ctypes.addressof(place))
+    return buffer.raw[: struct.unpack("=QQ", place.raw)[1]]
+
+
+def rseq_of(pid: int) -> list[int]:
+    """Address, size, flags and signature of its area for restartable sequences; size 0 without one."""
+    buffer = ctypes.create_string_buffer(24)
+    ptrace.call(_GET_RSEQ, pid, 24, ctypes.addressof(buffer))
+    address, size, signature, flags = struct.unpack_from("=QIII", buffer.raw)
+    return [address, size, flags, signature]
+
+
+def _robust_list(pid: int) -> list[int]:
+    head, length = ctypes.c_ulong(), ctypes.c_ulong()
+    number = ctypes.c_long(NUMBERS["get_robust_list"])
+    if int(_libc.syscall(number, ctypes.c_long(pid), ctypes.byref(head), ctypes.byref(length))) < 0:
+        raise OSError(ctypes.get_errno(), "get_robust_list failed")
+    return [head.value, length.value]
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="ascii", errors="replace") as file:
+        return file.read().strip()
+
+
+def limits(pid: int) -> list[tuple[int, int]]:
+    """Soft and hard resource limits of a process, in the order of their numbers; -1 is none. OSError."""
+    with open(f"/proc/{pid}/limits", encoding="ascii", errors="replace") as file:
+        rows = [line[26:].split()[:2] for line in file.read().splitlines()[1:]]
+    return [tuple(-1 if text == "unlimited" else int(text) for text in row) for row in rows]  # type: ignore[misc]
+
+
+def _map(pid: int, kind: str) -> list[tuple[int, ...]]:
+    return [tuple(int(word) for word in line.split()) for line in _text(f"/proc/{pid}/{kind}_map").splitlines()]
+
+
+def _inside(number: str, mapped: Sequence[tuple[int, ...]]) -> int:
+    """A user or group id as the sandbox sees it."""
+    for inside, outside, count in mapped:
+        if outside <= int(number) < outside + count:
+            return inside + int(number) - outside
+    raise Refused(f"a process has the id {number}, which the sandbox does not have")
+
+
+def _ids(pid: int, status: Mapping[str, str]) -> list[int]:
+    found = []
+    for kind in ("Uid", "Gid"):
+        real, effective, saved, file = status[kind].split()
+        if file != effective:
+            raise Refused(f"{process_files.label(pid)} has another identity for files")
+        found += [_inside(number, _map(pid, kind.lower())) for number in (real, effective, saved)]
+    return found
+
+
+# ---- pages ----
+
+
+class Pages:
+    """The own pages of several processes in this process's memory: one range, with a slot for each anonymous mapping
+    that has such pages, and one for the other pages of a process.
+
+    runs: by process outside. parked: the slots of mappings, by process and start.
+    """
+
+    def __init__(self, found: Sequence[Found], most: int) -> None:
+        """TooLarge, OSError, address_space.TooMany."""
+        self.runs: dict[int, list[state.Run]] = {}
+        self.size = self.bytes = 0
+        for one in found:
+            self._place(one)
+            if self.bytes > most:
+                raise TooLarge(f"the processes have more than {most >> 20} MiB of memory of their own")
+        self._hidden = {one.outside: _unreadable(one) for one in found}
+        self.memory = reserve(self.size, [(each.start, each.end) for one in found for each in one.mappings])
+
+    def _place(self, one: Found) -> None:
+        pages = address_space.own_pages(one.outside)
+        runs = self.runs[one.outside] = []
+        for mapping in one.mappings:
+            mine = address_space.within(pages, mapping)
+            if not mine or mapping.is_special:
+                continue
+            whole = state.is_parked(mapping)
+            for start, end in mine:
+                place = self.size + start - mapping.start if whole else self.size
+                runs.append(state.Run(start, end, place))
+                self.bytes += end - start
+                if not whole:
+                    self.size += end - start
+            if whole:
+                self.size += mapping.size
+
+    def read(self) -> None:
+        """Copy the pages from the stopped processes. OSError."""
+        for pid, runs in self.runs.items():
+            hidden = self._hidden[pid]
+            plain = [run for run in runs if not _touches(run, hidden)]
+            for index in range(0, len(plain), _BATCH):
+                self._read(pid, plain[index : index + _BATCH])
+            if len(plain) != len(runs):
+                self._read_hidden(pid, [run for run in runs if _touches(run, hidden)])
+
+    def _read(self, pid: int, runs: Sequence[state.Run]) -> None:
+        base = self.memory.address
+        ours = b"".join(struct.pack("=QQ", base + run.place, run.end - run.start) for run in runs)
+        theirs = b"".join(struct.pack("=QQ", run.start, run.end - run.start) for run in runs)
+        left = sum(run.end - run.start for run in runs)
+        got = int(_readv(ctypes.c_int(pid), ours, ctypes.c_ulong(len(runs)), theirs, ctypes.c_ulong(len(runs)),
+                         ctypes.c_ulong(0)))  # fmt: skip
+        if got != left:
+            if len(runs) == 1:
+                raise OSError(14, f"memory of a process cannot be read ({got} of {left} bytes)")
+            for run in runs:
+                self._read(pid, [run])
+
+    def _read_hidden(self, pid: int, runs: Sequence[state.Run]) -> None:
+        """Pages of mappings without permission to read."""
+        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for run in runs:
+                length = run.end - run.start
+                if os.preadv(fd, [self.memory.view(run.place, length)], run.start) != length:
+                    raise OSError(14, "memory of a process cannot be read")
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+def _unreadable(one: Found) -> list[Range]:
+    return [(each.start, each.end) for each in one.mappings if not each.protection & 1]
+
+
+def _touches(run: state.Run, ranges: Sequence[Range]) -> bool:
+    return any(start < run.end and run.start < end for start, end in ranges)
+
+
+class Reserved:
+    """Private memory at an address that no process of a tree uses; before it a room for the table of system calls."""
+
+    ROOM = 1 << 26
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address = address
+        self.size = size
+
+    @property
+    def room(self) -> int:
+        """The address of `ROOM` bytes for the table and its data; behind it as many stay free."""
+        return self.address - 2 * self.ROOM
+
+    def view(self, place: int, length: int) -> memoryview:
+        return memoryview((ctypes.c_char * length).from_address(self.address + place)).cast("B")
+
+    def close(self) -> None:
+        _unmap(self.address, self.size)
+
+
+def reserve(size: int, taken: Sequence[Range]) -> Reserved:
+    """Reserve memory and a room, away from these ranges and from all of this process. TooMany, OSError."""
+    own = [(one.start, one.end) for one in address_space.mappings(os.getpid())]
+    size = max(PAGE, size)
+    start = address_space.free_range(size + 2 * Reserved.ROOM, [*own, *taken])
+    address = start + 2 * Reserved.ROOM
+    map_fixed(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
+    return Reserved(address, size)
+
+
+_FIXED_NOREPLACE, _NORESERVE = 0x100000, 0x4000
+
+
+def map_fixed(address: int, size: int, protection: int) -> None:
+    """Map anonymous private memory at an unused address. OSError."""
+    _libc.mmap.restype = ctypes.c_void_p
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED_NOREPLACE | _NORESERVE
+    found = _libc.mmap(ctypes.c_void_p(address), ctypes.c_size_t(size), protection, flags, -1, ctypes.c_long(0))
+    if found != address:
+        raise OSError(ctypes.get_errno() or 12, f"{size} bytes of memory cannot be reserved")
+
+
+def advise(address: int, size: int, advice: int) -> None:
+    """Call madvise for memory of this process. OSError."""
+    if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice) < 0:
+        raise OSError(ctypes.get_errno(), "madvise failed")
+
+
+def _unmap(address: int, size: int) -> None:
+    _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))

@@ -1,0 +1,446 @@
+"""Makes a waiting process into the copy of another one: a table of system calls that it executes in one stop.
+
+    unmap all but the vDSO, the room and the copied memory ─► map files, move memory ─► identity, filter ─► files,
+    signals, timers ─► own pages of file mappings ─► registers
+
+The room is a range that the guest does not use. It has a short loop and the table. The process has rights over its
+sandbox alone, and gives them up before it opens a file of the guest for reading or writing. Addresses, paths and
+registers come from a guest: they are only arguments of calls of this process, and the kernel checks them. Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import struct
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rock.runtime.namespace.launcher import ptrace
+from rock.runtime.namespace.processes import address_space, capture
+from rock.runtime.namespace.processes.address_space import PAGE, Mapping
+from rock.runtime.namespace.processes.birth import Born, Failed
+from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
+from rock.runtime.namespace.processes.state import Process, Run, Tree, is_parked
+
+# mov rax and the six arguments from [r12]; syscall; store rax; next row; stop at an error, or after r13 rows
+_LOOP = bytes.fromhex("498b0424 498b7c2408 498b742410 498b542418 4d8b542420 4d8b442428 4d8b4c2430 0f05 4989442438"
+                      "4983c440 483d01f0ffff 7305 49ffcd 75c6 cc")  # fmt: skip
+_ROW = 64
+_UNWRITTEN = 1 << 40
+_PRIVATE, _SHARED, _FIXED, _ANONYMOUS, _GROWS, _STACK, _NORESERVE = 2, 1, 0x10, 0x20, 0x100, 0x20000, 0x4000
+_MOVE = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
+_AT_FDCWD = -100
+_PR_SET_MM, _PR_SET_MM_MAP = 35, 14
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_NAME, _PR_CAPBSET_DROP = 1, 4, 8, 15, 24
+_PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
+_CAP_LAST = 63
+_RSEQ_UNREGISTER = 1
+_PRSTATUS, _XSTATE = 1, 0x202
+_CONT, _SINGLESTEP, _DETACH, _SEIZE, _INTERRUPT, _GETEVENTMSG = 7, 9, 17, 0x4206, 0x4207, 0x4201
+_SETREGSET, _SETSIGMASK = 0x4205, 0x420B
+_EXITKILL = 0x100000
+_R13, _R12, _RAX, _RSI, _RDI, _ORIG_RAX, _RIP = 2, 3, 10, 13, 14, 15, 16
+_RESTARTS = (-512, -513, -514, -516)  # ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK
+_RESTART_SYSCALL = 219
+_WORD = (1 << 64) - 1
+_ALL_BLOCKED = struct.pack("=Q", _WORD & ~(1 << (signal.SIGTRAP - 1)))
+_PATIENCE = 20.0  # seconds
+_CHUNK = 1 << 20
+
+
+class Table:
+    """System calls, and the data that they point to, for the room at an address."""
+
+    def __init__(self, room: int) -> None:
+        self.rows: list[tuple[str, tuple[int, ...]]] = []
+        self._room = room
+        self._data = bytearray()
+
+    def call(self, name: str, *arguments: int) -> None:
+        self.rows.append((name, arguments))
+
+    def put(self, data: bytes) -> int:
+        """Store data; returns its address."""
+        place = len(self._data)
+        self._data += data + bytes(-len(data) % 8)
+        if len(self._data) > Reserved.ROOM // 2:
+            raise Failed("a process has too much state")
+        return self._room + Reserved.ROOM // 2 + place
+
+    def path(self, path: str) -> int:
+        return self.put(os.fsencode(path) + b"\0")
+
+    def write(self, memory: int) -> None:
+        """Write the table into the memory of a process, by its descriptor."""
+        packed = b"".join(struct.pack("=8Q", NUMBERS[name], *(value & _WORD for value in _six(arguments)), _UNWRITTEN)
+                          for name, arguments in self.rows)  # fmt: skip
+        if len(packed) > Reserved.ROOM // 2 - PAGE:
+            raise Failed("a process has too many mappings")
+        _write(memory, packed, self._room + PAGE)
+        _write(memory, bytes(self._data), self._room + Reserved.ROOM // 2)
+
+    def results(self, memory: int) -> list[int]:
+        data = os.pread(memory, _ROW * len(self.rows), self._room + PAGE)
+        return [found[7] for found in struct.iter_unpack("=8q", data)]
+
+
+def _six(arguments: tuple[int, ...]) -> tuple[int, ...]:
+    return (*arguments, *([0] * (6 - len(arguments))))
+
+
+def _write(memory: int, data: bytes | memoryview, address: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(memory, view[:_CHUNK], address)
+        view, address = view[count:], address + count
+
+
+def prepare_room(memory: Reserved) -> None:
+    """Map the room in this process, whose copies then have it. OSError."""
+    capture.map_fixed(memory.room, Reserved.ROOM, 3)
+    ctypes.memmove(memory.room, _LOOP, len(_LOOP))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(memory.room), ctypes.c_size_t(PAGE), 5) < 0:
+        raise OSError(ctypes.get_errno(), "the room cannot be made executable")
+
+
+# ---- the table ----
+
+
+class Places(NamedTuple):
+    """What the new process has already. special: its mappings of the kernel. filter: a packed system call filter.
+    limits: the resource limits of pid 1."""
+
+    special: Sequence[Mapping]
+    memory: Reserved
+    rseq: Sequence[int]
+    filter: bytes
+    limits: Sequence[tuple[int, int]]
+
+
+def plan(born: Born, tree: Tree, places: Places) -> Table:
+    """The table of a process. Failed."""
+    one, table = born.process, Table(places.memory.room)
+    if places.rseq[1]:
+        table.call("rseq", places.rseq[0], places.rseq[1], _RSEQ_UNREGISTER, places.rseq[3])
+    table.call("close_range", 0, born.lowest - 1, 0)
+    if one.group != one.pid:
+        table.call("setpgid", 0, one.group)
+    _clear(table, one, places)
+    _map(table, one, places)
+    _memory_fields(table, one)
+    _identity(table, one)
+    _files(table, born, tree)
+    _signals(table, one)
+    _rest(table, one, places)
+    return table
+
+
+def _clear(table: Table, one: Process, places: Places) -> None:
+    """Unmap what the new process had, and move the mappings of the kernel to their addresses."""
+    memory = places.memory
+    kept = [*((each.start, each.end) for each in places.special), (memory.room, memory.room + Reserved.ROOM),
+            (memory.address, memory.address + memory.size)]
+    last = PAGE
+    for start, end in [*sorted(kept), (address_space.HIGHEST, 0)]:
+        if start > last:
+            table.call("munmap", last, start - last)
+        last = end
+    wanted = {each.name: each for each in one.mappings if each.is_special}
+    own = {each.name: each for each in places.special}
+    if {name: each.size for name, each in wanted.items()} != {name: each.size for name, each in own.items()}:
+        raise Failed("the processes were copied under another kernel")
+    spot = memory.room + Reserved.ROOM
+    spots = {}
+    for name, each in own.items():
+        table.call("mremap", each.start, each.size, each.size, _MOVE, spot)
+        spots[name] = spot
+        spot += each.size
+    for name, each in wanted.items():
+        table.call("mremap", spots[name], each.size, each.size, _MOVE, each.start)
+
+
+def _map(table: Table, one: Process, places: Places) -> None:
+    """Map the files, and move the copied memory to its addresses."""
+    starts: dict[int, Run] = {}
+    for run in one.runs:
+        starts.setdefault(_mapping_of(one, run.start), run)
+    opened = ""
+    for index, each in enumerate(one.mappings):
+        if each.is_special:
+            continue
+        if each.is_file:
+            if opened != each.name:
+                if opened:
+                    table.call("close", 0)
+                table.call("openat", _AT_FDCWD, table.path(each.name), os.O_RDONLY | os.O_CLOEXEC)
+                opened = each.name
+            sharing = _SHARED if each.shared else _PRIVATE
+            table.call("mmap", each.start, each.size, each.protection, sharing | _FIXED, 0, each.offset)
+        elif index in starts and is_parked(each):
+            run = starts[index]
+            place = places.memory.address + run.place - (run.start - each.start)
+            table.call("mremap", place, each.size, each.size, _MOVE, each.start)
+            if each.protection != 3:
+                table.call("mprotect", each.start, each.size, each.protection)
+        else:
+            flags = _PRIVATE | _FIXED | _ANONYMOUS | (0 if each.protection else _NORESERVE)
+            if not is_parked(each):
+                flags |= _GROWS | _STACK
+            table.call("mmap", each.start, each.size, each.protection, flags, -1, 0)
+    if opened:
+        table.call("close", 0)
+    table.call("munmap", places.memory.address, places.memory.size)
+
+
+def _mapping_of(one: Process, address: int) -> int:
+    for index, each in enumerate(one.mappings):
+        if each.start <= address < each.end:
+            return index
+    raise Failed("pages lie outside of all mappings")
+
+
+def _memory_fields(table: Table, one: Process) -> None:
+    table.call("openat", _AT_FDCWD, table.path(one.program), os.O_RDONLY | os.O_CLOEXEC)
+    fields = struct.pack("=12QII", *one.memory, table.put(one.auxiliary), len(one.auxiliary), 0)
+    table.call("prctl", _PR_SET_MM, _PR_SET_MM_MAP, table.put(fields), len(fields), 0)
+    table.call("close", 0)
+
+
+def _identity(table: Table, one: Process) -> None:
+    inheritable, permitted, effective, bounding = one.capabilities
+    table.call("setgroups", len(one.groups), table.put(struct.pack(f"={len(one.groups)}I", *one.groups)))
+    for number in range(_last_capability() + 1):
+        if not bounding >> number & 1:
+            table.call("prctl", _PR_CAPBSET_DROP, number)
+    table.call("prctl", _PR_SET_KEEPCAPS, 1)
+    table.call("setresgid", *one.ids[3:])
+    table.call("setresuid", *one.ids[:3])
+    header = table.put(struct.pack("=Ii", 0x20080522, 0))
+    low = [value & 0xFFFFFFFF for value in (effective, permitted, inheritable)]
+    high = [value >> 32 for value in (effective, permitted, inheritable)]
+    table.call("capset", header, table.put(struct.pack("=6I", *low, *high)))
+    table.call("prctl", _PR_SET_KEEPCAPS, 0)
+    table.call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def _last_capability() -> int:
+    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+        return min(_CAP_LAST, int(file.read()))
+
+
+def _files(table: Table, born: Born, tree: Tree) -> None:
+    """Working directory and descriptors, in the order of their numbers. An open returns the lowest unused number."""
+    one = born.process
+    table.call("chdir", table.path(one.folder))
+    used: set[int] = set()
+    known: dict[int, int] = {}
+    lowest = 0
+    for number, index, cloexec in one.descriptors:
+        description = tree.descriptions[index]
+        if index in known:
+            table.call("dup3", known[index], number, cloexec)
+        elif index in born.handed:
+            table.call("dup3", born.handed[index], number, cloexec)
+        else:
+            while lowest in used:
+                lowest += 1
+            table.call("openat", _AT_FDCWD, table.path(description.path), description.flags | cloexec)
+            if description.offset and not description.flags & os.O_PATH:
+                table.call("lseek", lowest, description.offset, os.SEEK_SET)
+            if lowest != number:
+                table.call("dup3", lowest, number, cloexec)
+                table.call("close", lowest)
+        known.setdefault(index, number)
+        used.add(number)
+    table.call("close_range", born.lowest, 0xFFFFFFFF, 0)
+
+
+def _signals(table: Table, one: Process) -> None:
+    handled = dict(one.actions)
+    default = table.put(bytes(32))
+    ignore = table.put(struct.pack("=4Q", 1, 0, 0, 0))
+    for number in range(1, 65):
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            continue
+        place = ignore if one.ignored >> (number - 1) & 1 else default
+        table.call("rt_sigaction", number, table.put(handled[number]) if number in handled else place, 0, 8)
+    table.call("sigaltstack", table.put(_not_active(one.alternate_stack)), 0)
+
+
+def _not_active(stack: bytes) -> bytes:
+    """An alternate stack without the flag that says that it is in use, which a process cannot set."""
+    address, flags, size = struct.unpack("=QixxxxQ", stack)
+    return struct.pack("=QixxxxQ", address, flags & ~1, size)
+
+
+def _rest(table: Table, one: Process, places: Places) -> None:
+    table.call("umask", one.umask)
+    table.call("prctl", _PR_SET_NAME, table.put(one.name.encode("utf-8", "surrogateescape")[:15] + b"\0"))
+    if one.personality:
+        table.call("personality", one.personality)
+    table.call("prctl", _PR_SET_SUBREAPER, int(one.subreaper))
+    table.call("prctl", _PR_SET_PDEATHSIG, one.death_signal)
+    if one.dumpable in (0, 1):
+        table.call("prctl", _PR_SET_DUMPABLE, one.dumpable)
+    if one.robust_list[0]:
+        table.call("set_robust_list", one.robust_list[0], one.robust_list[1])
+    table.call("set_tid_address", one.tid_address)
+    if one.rseq[1]:
+        table.call("rseq", one.rseq[0], one.rseq[1], 0, one.rseq[3])
+    for which, value in enumerate(one.timers):
+        if any(value[16:]):
+            table.call("setitimer", which, table.put(value), 0)
+    for number, ((soft, hard), (_, most)) in enumerate(zip(one.limits, places.limits, strict=True)):
+        own = _least(hard, most, resource.getrlimit(number)[1])
+        pair = [value & _WORD for value in (_least(soft, own), own)]
+        table.call("prlimit64", 0, number, table.put(struct.pack("=QQ", *pair)), 0)
+    if places.filter:
+        instructions = table.put(places.filter)
+        table.call("seccomp", 1, 0, table.put(struct.pack("=HxxxxxxQ", len(places.filter) // 8, instructions)))
+
+
+# ---- execution ----
+
+
+class Rebuilt:
+    """A stopped process that is made into the copy of another one. `go` lets it run; `close` kills it before."""
+
+    def __init__(self, born: Born) -> None:
+        """OSError, Failed."""
+        self._born = born
+        self.pid = born.outside
+        self._memory = -1
+        ptrace.call(_SEIZE, self.pid, 0, _EXITKILL)
+        ptrace.call(_INTERRUPT, self.pid)
+        self._wait()
+        ptrace.call(_SETSIGMASK, self.pid, 8, _address(_ALL_BLOCKED))
+        self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        self._registers = capture.register_set(self.pid, _PRSTATUS)
+
+    def build(self, tree: Tree, memory: Reserved, program: bytes, first: int) -> None:
+        """program: the system call filter. first: pid 1 of its sandbox. OSError, Failed: then it has to be closed."""
+        own = [each for each in address_space.mappings(self.pid) if each.is_special]
+        places = Places(own, memory, capture.rseq_of(self.pid), program, capture.limits(first))
+        table = plan(self._born, tree, places)
+        table.write(self._memory)
+        self._execute(table, memory.room)
+        one = self._born.process
+        for run in one.runs:
+            if (mapping := one.mappings[_mapping_of(one, run.start)]).is_file or not is_parked(mapping):
+                _write(self._memory, memory.view(run.place, run.end - run.start), run.start)
+        self._finish(memory)
+
+    def _execute(self, table: Table, room: int) -> None:
+        self._set({_RIP: room, _R12: room + PAGE, _R13: len(table.rows), _ORIG_RAX: _WORD})
+        ptrace.call(_CONT, self.pid)
+        status = self._wait()
+        results = table.results(self._memory)
+        for (name, arguments), result in zip(table.rows, results, strict=True):
+            if -4096 < result < 0:
+                raise Failed(f"{name}{tuple(hex(value) for value in arguments)}: {os.strerror(-result)}")
+        if os.WSTOPSIG(status) != signal.SIGTRAP or _UNWRITTEN in results:
+            raise Failed(f"it was stopped by signal {os.WSTOPSIG(status)}")
+
+    def _finish(self, memory: Reserved) -> None:
+        """Release the room, and set the state of the processor."""
+        one = self._born.process
+        code = next(each for each in one.mappings if each.name == "[vdso]")
+        at = os.pread(self._memory, code.size, code.start).find(b"\x0f\x05")
+        if at < 0:
+            raise Failed("the vDSO has no system call instruction")
+        self._set({_RIP: code.start + at, _RAX: NUMBERS["munmap"], _RDI: memory.room, _RSI: Reserved.ROOM,
+                   _ORIG_RAX: _WORD})  # fmt: skip
+        ptrace.call(_SINGLESTEP, self.pid)
+        self._wait()
+        if struct.unpack("=27Q", capture.register_set(self.pid, _PRSTATUS))[_RAX]:
+            raise Failed("the room cannot be released")
+        self._set_register_set(_XSTATE, one.extended)
+        self._set_register_set(_PRSTATUS, struct.pack("=27Q", *resumed(one, self._memory)))
+        ptrace.call(_SETSIGMASK, self.pid, 8, _address(one.blocked))
+        with open(f"/proc/{self.pid}/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(str(one.oom_score))
+
+    def _set(self, changes: dict[int, int]) -> None:
+        values = list(struct.unpack("=27Q", self._registers))
+        for place, value in changes.items():
+            values[place] = value
+        self._set_register_set(_PRSTATUS, struct.pack("=27Q", *values))
+
+    def _set_register_set(self, kind: int, data: bytes) -> None:
+        buffer = ctypes.create_string_buffer(data, len(data))
+        vector = ctypes.create_string_buffer(struct.pack("=QQ", ctypes.addressof(buffer), len(data)), 16)
+        ptrace.call(_SETREGSET, self.pid, kind, ctypes.addressof(vector))
+
+    def _wait(self) -> int:
+        """The status of its next stop. Failed when it ended, or does not stop in time."""
+        end, pause = time.monotonic() + _PATIENCE, 0.0
+        while True:
+            found, status = os.waitpid(self.pid, 0x40000000 | os.WNOHANG)
+            if found:
+                if not os.WIFSTOPPED(status):
+                    raise Failed("a process ended while it was rebuilt")
+                return status
+            if time.monotonic() > end:
+                raise Failed("a process does not stop")
+            time.sleep(pause)
+            pause = min(pause + 0.00002, 0.001)
+
+    def go(self) -> None:
+        """Let it run. OSError when it was killed."""
+        ptrace.call(_DETACH, self.pid)
+        self.close()
+
+    def close(self) -> None:
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
+
+
+def _least(*values: int) -> int:
+    """The least of some resource limits; -1 is none."""
+    return min((value for value in values if value >= 0), default=-1)
+
+
+_kept: list[ctypes.Array[ctypes.c_char]] = []
+
+
+def _address(data: bytes) -> int:
+    """The address of data, until the next call."""
+    _kept[:] = [ctypes.create_string_buffer(data, len(data))]
+    return ctypes.addressof(_kept[0])
+
+
+def resumed(one: Process, memory: int) -> list[int]:
+    """The registers with which a copy continues: an interrupted call is made again, from its beginning, and an
+    interrupted restartable sequence is aborted, as the kernel does. memory: of the copy."""
+    values = list(struct.unpack("=27Q", one.registers))
+    result, number = struct.unpack("=qq", struct.pack("=QQ", values[_RAX], values[_ORIG_RAX]))
+    if number >= 0 and result in _RESTARTS:
+        if number == _RESTART_SYSCALL:
+            values[_RAX] = -errno.EINTR & _WORD
+        else:
+            values[_RAX] = number
+            values[_RIP] -= 2
+    elif one.rseq[1]:
+        values[_RIP] = _aborted(values[_RIP], one.rseq, memory)
+    values[_ORIG_RAX] = _WORD
+    return values
+
+
+def _aborted(address: int, rseq: Sequence[int], memory: int) -> int:
+    """Where a process continues that stopped at an address: behind a restartable sequence, if that is inside of one."""
+    try:
+        critical = int(struct.unpack("=Q", os.pread(memory, 8, rseq[0] + 8))[0])
+        if not critical:
+            return address
+        _, start, length, abort = struct.unpack("=QQQQ", os.pread(memory, 32, critical))
+    except (OSError, struct.error, OverflowError):
+        return address
+    return abort if 0 <= address - start < length else address

@@ -1,0 +1,199 @@
+"""The state of copied processes as data: what `capture` reads, and `rebuild` makes processes from.
+
+    folder/processes.json   a Tree
+          /pages            the pages of all processes, at the places that the runs name; sparse
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping as Dictionary
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rock.runtime.namespace.processes.address_space import Mapping
+
+STATE, PAGES = "processes.json", "pages"
+_VERSION = 1
+_STACK = "[stack]"
+
+
+class Damaged(Exception):
+    """The stored state is incomplete or of another version."""
+
+
+class Run(NamedTuple):
+    """Pages of a process: addresses, and the place of the first one among the pages of all processes."""
+
+    start: int
+    end: int
+    place: int
+
+
+class Description(NamedTuple):
+    """An open file description.
+
+    kind: "file" (reopened by path), "stream" (a pipe to pid 1), "pipe", "event" or "socket" (one end of a pair).
+    stream: the key of a program and the name of its stream. pipe: the index of the pipe or pair, and for a pipe
+    whether this end reads. value: of an event.
+    """
+
+    kind: str
+    flags: int
+    path: str = ""
+    offset: int = 0
+    stream: tuple[str, str] = ("", "")
+    pipe: tuple[int, bool] = (-1, False)
+    value: int = 0
+
+
+class Pipe(NamedTuple):
+    """A pipe within the tree, or a stream to pid 1. capacity: in bytes. content: what was not read yet."""
+
+    capacity: int
+    content: bytes
+
+
+class Process(NamedTuple):
+    """One process. Numbers of processes are those inside of the sandbox; parent 1 is pid 1.
+
+    descriptors: number, index of the description, flags of the descriptor. actions: of handled signals. rseq: address,
+    size, flags, signature. memory: the fields of prctl_mm_map without auxv. ids: user ids, then group ids, each real,
+    effective, saved. capabilities: inheritable, permitted, effective, bounding.
+    """
+
+    pid: int
+    parent: int
+    session: int
+    group: int
+    name: str
+    registers: bytes
+    extended: bytes
+    blocked: bytes
+    rseq: Sequence[int]
+    robust_list: Sequence[int]
+    mappings: Sequence[Mapping]
+    runs: Sequence[Run]
+    memory: Sequence[int]
+    auxiliary: bytes
+    program: str
+    folder: str
+    umask: int
+    ids: Sequence[int]
+    groups: Sequence[int]
+    capabilities: Sequence[int]
+    nice: int
+    oom_score: int
+    limits: Sequence[tuple[int, int]]
+    actions: Sequence[tuple[int, bytes]]
+    ignored: int
+    alternate_stack: bytes
+    timers: Sequence[bytes]
+    tid_address: int
+    subreaper: bool
+    death_signal: int
+    dumpable: int
+    personality: int
+    descriptors: Sequence[tuple[int, int, int]]
+
+
+class Program(NamedTuple):
+    """A program that pid 1 started: its key, and whether it reads ("r") or writes ("w") its streams, by name."""
+
+    pid: int
+    key: str
+    streams: Dictionary[str, str]
+
+
+class Tree(NamedTuple):
+    """All processes of a sandbox, parents first. size: of the range that all places lie in."""
+
+    programs: Sequence[Program]
+    processes: Sequence[Process]
+    descriptions: Sequence[Description]
+    pipes: Sequence[Pipe]
+    size: int
+    bytes: int
+
+
+def span(one: Process) -> tuple[int, int] | None:
+    """The range of the places of a process, whole pages; None without pages of its own."""
+    if not one.runs:
+        return None
+    starts = [(run, next(each for each in one.mappings if each.start <= run.start < each.end)) for run in one.runs]
+    first = min(run.place - (run.start - each.start if is_parked(each) else 0) for run, each in starts)
+    last = max(run.place + (each.end - run.start if is_parked(each) else run.end - run.start) for run, each in starts)
+    return first, last
+
+
+def is_parked(mapping: Mapping) -> bool:
+    """Whether a copy gets the memory of a mapping by moving it. A stack grows, and a file mapping has pages of its
+    file: these are made anew, and their own pages are copied."""
+    return not mapping.is_file and mapping.name != _STACK
+
+
+# ---- on disk ----
+
+
+def write(folder: str, tree: Tree) -> None:
+    """Store a tree. OSError."""
+    body = json.dumps(_plain(tree))
+    text = json.dumps({"version": _VERSION, "digest": _digest(body), "tree": body})
+    path = f"{folder}/{STATE}"
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.rename(f"{path}.new", path)
+
+
+def read(folder: str) -> Tree:
+    """A stored tree. Damaged, OSError."""
+    with open(f"{folder}/{STATE}", encoding="utf-8") as file:
+        text = file.read()
+    try:
+        found = json.loads(text)
+        body = found["tree"]
+        if found["version"] != _VERSION or found["digest"] != _digest(body):
+            raise Damaged("its copied processes are damaged, or of another version")
+        return _tree(json.loads(body))
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise Damaged("its copied processes are damaged") from None
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"hex": value.hex()}
+    if isinstance(value, dict):
+        return {"items": {key: _plain(one) for key, one in value.items()}}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _rich(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "hex" in value:
+            return bytes.fromhex(value["hex"])
+        return {key: _rich(one) for key, one in value["items"].items()}
+    if isinstance(value, list):
+        return tuple(_rich(one) for one in value)
+    return value
+
+
+def _tree(data: Any) -> Tree:
+    tree = Tree(*_rich(data))
+    processes = []
+    for fields in tree.processes:
+        one = Process(*fields)
+        processes.append(one._replace(mappings=[Mapping(*each) for each in one.mappings],
+                                      runs=[Run(*each) for each in one.runs]))
+    return tree._replace(programs=[Program(*each) for each in tree.programs], processes=processes,
+                         descriptions=[Description(*each) for each in tree.descriptions],
+                         pipes=[Pipe(*each) for each in tree.pipes])
