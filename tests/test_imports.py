@@ -36,6 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "ui": {"ui", "admin", "store", *GROUND},
     "admin": {"admin", "envhub", "kubernetes", "scheduler", "store", *GROUND},
+    # wire protocols of other systems, over the public service interface
+    "dialects": {"dialects", "admin", "host", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},
     "sdk": {"sdk", "agents", "jobs", "protocol", "errors", "settings", "telemetry"},

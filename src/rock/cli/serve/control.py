@@ -21,6 +21,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.batching import CreateBatch
 from rock.admin.workers.client import FENCE, Transport, WireWorker, Worker
 from rock.admin.workers.registry import Reached, WorkerRegistry
+from rock.cli.serve.dialects import Dialects
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway, endpoint_of
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
@@ -243,13 +244,15 @@ class Control:
             self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
-        relayed = RelayedCalls(self.admin.audit.over(self._route), settings.reconnect_timeout)
+        routed = self.admin.audit.over(self._route)
+        relayed = RelayedCalls(routed, settings.reconnect_timeout)
         self.gateway: ServerGateway | None = None
         self._remote_gateway: RemoteGateway | None = None
         self._routes = self.admin.app
         if settings.gateway == "on" and role != "read":
             self.gateway = ServerGateway(settings, self._proxy, self.admin)
             self._routes = self.gateway.over(self.admin.app)
+        self._routes = Dialects(routed).over(self._routes)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
                               settings.api_key, self.admin.keys, settings.worker_key,

@@ -27,6 +27,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
 from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, page_of, reach_with
+from rock.cli.serve.dialects import Dialects
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
@@ -253,6 +254,7 @@ class Server:
             self.node.gateway = self.gateway.endpoint
         self.page = page_of(settings, self.admin, self.store)
         routed = self.admin.audit.over(self._route)
+        self._routes = Dialects(routed).over(self._routes)
         checked = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
                               settings.api_key, self.admin.keys, settings.worker_key,
                               **door_of(settings, self.home))  # fmt: skip

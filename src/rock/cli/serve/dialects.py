@@ -1,0 +1,29 @@
+"""The dialects of a server: the wire protocols of other systems, mounted beside the native API."""
+
+from __future__ import annotations
+
+from rock.dialects.mcp.endpoint import McpEndpoint
+from rock.http.asgi import App, Receive, Router, Scope, Send
+
+_PREFIXES = ("/mcp",)
+
+
+class Dialects:
+    """The routes of all dialects. api: the application that serves the native API."""
+
+    def __init__(self, api: App) -> None:
+        self.routers: list[Router] = [McpEndpoint(api).router]
+
+    def over(self, rest: App) -> App:
+        """These routes, and `rest` for all other paths."""
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] in ("http", "websocket") and scope["path"].startswith(_PREFIXES):
+                method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
+                for router in self.routers:
+                    if (found := router.match(method, scope["path"])) is not None:
+                        await router.serve(found, scope, receive, send)
+                        return
+            await rest(scope, receive, send)
+
+        return app

@@ -1,0 +1,1 @@
+"""Wire protocols of other systems, over the public service interface."""
