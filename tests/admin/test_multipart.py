@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rock.admin.api.rock_v1.files import Form, boundary_of
 from rock.errors import InvalidConfig
+from rock.http.forms import Form, boundary_of
 
 BOUNDARY = b"b0"
 # Bytes that look like what separates parts, more often than chance has them.

@@ -39,7 +39,7 @@ class System:
 
 SYSTEMS = {
     "mcp": System("MCP client (mcp)", ("mcp==2.3.0",)),
-    "swerex": System("SWE-ReX (swe-rex)", ("swe-rex==1.4.0",)),
+    "swerex": System("SWE-ReX (swe-rex)", ("swe-rex==1.4.0", "aiohttp")),
     "openenv": System("OpenEnv (openenv)", ("openenv==0.10.0",)),
     "agentscope": System("AgentScope (agentscope-runtime)", ("agentscope-runtime==1.1.6.post2",)),
 }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from rock.dialects.mcp.endpoint import McpEndpoint
+from rock.dialects.swerex.endpoint import SwerexEndpoint
 from rock.http.asgi import App, Receive, Router, Scope, Send
 
-_PREFIXES = ("/mcp",)
+_PREFIXES = ("/mcp", "/swerex/")
 
 
 class Dialects:
     """The routes of all dialects. api: the application that serves the native API."""
 
     def __init__(self, api: App) -> None:
-        self.routers: list[Router] = [McpEndpoint(api).router]
+        self.routers: list[Router] = [McpEndpoint(api).router, SwerexEndpoint(api).router]
 
     def over(self, rest: App) -> App:
         """These routes, and `rest` for all other paths."""
