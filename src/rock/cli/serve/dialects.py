@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from rock.dialects.mcp.endpoint import McpEndpoint
+from rock.dialects.openenv.endpoint import OpenEnvEndpoint
 from rock.dialects.swerex.endpoint import SwerexEndpoint
 from rock.http.asgi import App, Receive, Router, Scope, Send
 
-_PREFIXES = ("/mcp", "/swerex/")
+_PREFIXES = ("/mcp", "/swerex/", "/openenv/")
 
 
 class Dialects:
     """The routes of all dialects. api: the application that serves the native API."""
 
     def __init__(self, api: App) -> None:
-        self.routers: list[Router] = [McpEndpoint(api).router, SwerexEndpoint(api).router]
+        self._router = Router("dialects")
+        self._matches = [McpEndpoint(api).router.match, SwerexEndpoint(api).router.match, OpenEnvEndpoint(api).match]
 
     def over(self, rest: App) -> App:
         """These routes, and `rest` for all other paths."""
@@ -21,9 +23,9 @@ class Dialects:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] in ("http", "websocket") and scope["path"].startswith(_PREFIXES):
                 method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
-                for router in self.routers:
-                    if (found := router.match(method, scope["path"])) is not None:
-                        await router.serve(found, scope, receive, send)
+                for match in self._matches:
+                    if (found := match(method, scope["path"])) is not None:
+                        await self._router.serve(found, scope, receive, send)
                         return
             await rest(scope, receive, send)
 
