@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rock.errors import InvalidConfig
-from rock.http.forms import Form, boundary_of
+from rock.http.multipart import Form, boundary_of
 
 BOUNDARY = b"b0"
 # Bytes that look like what separates parts, more often than chance has them.

@@ -132,7 +132,7 @@ _CONTROL = {"stop", "pause", "resume", "restart", "archive", "commit", "connecti
 _ROCK, _GEM, _TRAINING = "/apis/envs/sandbox/v1/", "/apis/v1/envs/gem/", "/apis/training/"
 _ROCK_WRITES = {"start", "start_async", "stop", "delete", "restart", "commit"}
 _ROCK_EITHER = {"sandboxes/batch"}
-_DIALECTS = ("/mcp", "/openenv/")  # dialects that create sandboxes
+_DIALECTS = ("/mcp", "/openenv/", "/agentscope/")  # dialects that create sandboxes
 _SWEREX = "/swerex/"
 
 

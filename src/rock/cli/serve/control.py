@@ -21,11 +21,11 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.batching import CreateBatch
 from rock.admin.workers.client import FENCE, Transport, WireWorker, Worker
 from rock.admin.workers.registry import Reached, WorkerRegistry
-from rock.cli.serve.dialects import Dialects
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway, endpoint_of
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
+from rock.cli.serve.protocols import Protocols
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.http.asgi import App, Receive, Scope, Send
 from rock.http.forwarding import RemoteApp
@@ -252,7 +252,7 @@ class Control:
         if settings.gateway == "on" and role != "read":
             self.gateway = ServerGateway(settings, self._proxy, self.admin)
             self._routes = self.gateway.over(self.admin.app)
-        self._routes = Dialects(routed).over(self._routes)
+        self._routes = Protocols(routed).over(self._routes)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
                               settings.api_key, self.admin.keys, settings.worker_key,

@@ -27,11 +27,11 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
 from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, page_of, reach_with
-from rock.cli.serve.dialects import Dialects
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
+from rock.cli.serve.protocols import Protocols
 from rock.cli.serve.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.http.asgi import Answer, App, Receive, Request, Scope, Send, answer
@@ -254,7 +254,7 @@ class Server:
             self.node.gateway = self.gateway.endpoint
         self.page = page_of(settings, self.admin, self.store)
         routed = self.admin.audit.over(self._route)
-        self._routes = Dialects(routed).over(self._routes)
+        self._routes = Protocols(routed).over(self._routes)
         checked = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
                               settings.api_key, self.admin.keys, settings.worker_key,
                               **door_of(settings, self.home))  # fmt: skip

@@ -35,7 +35,7 @@ from rock.dialects.swerex.messages import (
 )
 from rock.errors import Forbidden, InvalidConfig, NotFound, QuotaExceeded, RockError, Unauthorized
 from rock.http.asgi import Answer, App, Handler, Request, Router, answer
-from rock.http.forms import Form, Part, boundary_of
+from rock.http.multipart import Form, Part, boundary_of
 from rock.protocol.keys import Access
 from rock.protocol.route import Route
 from rock.protocol.sandbox import State

@@ -11,7 +11,7 @@ from typing import IO, Any
 from rock.admin.api.rock_v1.envelope import AboutSandbox, DataPlane, Malformed, Row, body_of, enveloped
 from rock.errors import InvalidConfig, NotFound
 from rock.http.asgi import Request
-from rock.http.forms import Form, boundary_of
+from rock.http.multipart import Form, boundary_of
 from rock.protocol.keys import Access
 
 _CHUNK = 1 << 20

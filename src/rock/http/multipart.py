@@ -1,11 +1,11 @@
-"""Forms: `multipart/form-data` is parsed as a stream, so that a file is never held in memory completely."""
+"""A parser of `multipart/form-data` that works on a stream: a file is never held in memory completely."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from email.message import Message
-from email.parser import BytesHeaderParser
+from email.parser import HeaderParser
 
 from rock.errors import InvalidConfig
 
@@ -55,7 +55,8 @@ class Form:
         """Each part; unread data of a part is skipped. InvalidConfig for an incomplete body."""
         await self._skip(self._data())
         while await self._exactly(2) != b"--":
-            head = BytesHeaderParser().parsebytes(await self._head())
+            # File names are raw UTF-8, as browsers send them.
+            head = HeaderParser().parsestr((await self._head()).decode("utf-8", "surrogateescape"))
             name = head.get_param("name", header="content-disposition")
             part = Part(name if isinstance(name, str) else "", head.get_filename(), self._data())
             yield part

@@ -1,21 +1,23 @@
-"""The dialects of a server: the wire protocols of other systems, mounted beside the native API."""
+"""MCP, OpenEnv, SWE-ReX and AgentScope, mounted beside the native API of a server."""
 
 from __future__ import annotations
 
+from rock.dialects.agentscope import AgentScopeEndpoint
 from rock.dialects.mcp.endpoint import McpEndpoint
 from rock.dialects.openenv.endpoint import OpenEnvEndpoint
 from rock.dialects.swerex.endpoint import SwerexEndpoint
 from rock.http.asgi import App, Receive, Router, Scope, Send
 
-_PREFIXES = ("/mcp", "/swerex/", "/openenv/")
+_PREFIXES = ("/mcp", "/swerex/", "/openenv/", "/agentscope/")
 
 
-class Dialects:
-    """The routes of all dialects. api: the application that serves the native API."""
+class Protocols:
+    """The routes of these dialects. api: the application that serves the native API."""
 
     def __init__(self, api: App) -> None:
         self._router = Router("dialects")
-        self._matches = [McpEndpoint(api).router.match, SwerexEndpoint(api).router.match, OpenEnvEndpoint(api).match]
+        self._matches = [McpEndpoint(api).router.match, SwerexEndpoint(api).router.match, OpenEnvEndpoint(api).match,
+                         AgentScopeEndpoint(api).router.match]  # fmt: skip
 
     def over(self, rest: App) -> App:
         """These routes, and `rest` for all other paths."""
