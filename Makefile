@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
-	training agents kubernetes manifests ui env-packages gym-extras sync wheel \
+	training agents integrations kubernetes manifests ui env-packages gym-extras sync wheel \
 	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -180,6 +180,11 @@ env-packages: $(VENV)/ready-dev
 # ROCK_TEST_CACHE (2.5 GB).
 agents: $(VENV)/ready-dev
 	ROCK_TEST_AGENTS=1 $(PY) -m pytest tests/agents tests/jobs/test_swe.py
+
+# Released clients of other systems (MCP, SWE-ReX, OpenEnv, AgentScope) against a server, each in a virtual environment
+# that is kept in ROCK_TEST_CACHE; prints a table of systems, versions and results.
+integrations: $(VENV)/ready-dev
+	ROCK_TEST_INTEGRATIONS=1 $(PY) -m pytest tests/dialects/released
 
 # Steps of environments next to rlmesh 0.1.0 and AsyncVectorEnv; needs a quiet machine.
 RLMESH := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/rlmesh

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "ui": {"ui", "admin", "store", *GROUND},
     "admin": {"admin", "envhub", "kubernetes", "rock_conf", "scheduler", "store", *GROUND},
     # protocols of other services, over the service interface of the admin and the data plane
-    "dialects": {"dialects", "admin", "store", "guest", *GROUND},
+    "dialects": {"dialects", "admin", "store", "guest", "host", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},
     "sdk": {"sdk", "agents", "jobs", "protocol", "errors", "settings", "telemetry"},

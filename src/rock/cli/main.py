@@ -56,6 +56,7 @@ ENTRIES = [
     Entry("model-service", "Agents", "agents.model_service:model_service", "Answer the model calls of an agent."),
     Entry("runs", "Agents", "agents.runs:runs", "List runs of agents, and read, export and end them."),
     Entry("upstream", "Agents", "agents.upstream:upstream", "List, define and delete upstreams: model servers."),
+    Entry("mcp", "Agents", "commands.mcp:mcp", "Serve the tools of sandboxes to an MCP client."),
     Entry("admin", "Server", "commands.admin:admin", "Start, stop, back up and restore the server of this machine."),
     Entry("login", "Server", "commands.context:login", "Log in to a server and use it from now on."),
     Entry("context", "Server", "commands.context:context", "Choose the server that commands use."),

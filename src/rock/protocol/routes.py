@@ -134,6 +134,8 @@ _ROCK, _GEM, _TRAINING = "/apis/envs/sandbox/v1/", "/apis/v1/envs/gem/", "/apis/
 _E2B, _E2B_WRITES = "/e2b/", ("v2/sandboxes", "sandboxes", "templates", "v2/templates", "v3/templates")
 _ROCK_WRITES = {"start", "start_async", "stop", "delete", "restart", "commit"}
 _ROCK_EITHER = {"sandboxes/batch"}
+_DIALECTS = ("/mcp", "/openenv/", "/agentscope/")  # dialects that create sandboxes
+_SWEREX = "/swerex/"
 
 
 def is_data(path: str) -> bool:
@@ -159,7 +161,9 @@ def role_for(method: str, path: str) -> Role | None:
         return "read"  # a signed URL of E2B
     if path.startswith(_GEM):
         return "write" if path.endswith("/make") else "read"
-    if path.startswith((_TRAINING, "/env/", "/v1/envs")):
+    if path.startswith(_SWEREX):
+        return "read"
+    if path.startswith((_TRAINING, "/env/", "/v1/envs", *_DIALECTS)):
         return "write"  # they may create a sandbox, or read the writer's catalog
     if path.startswith((ENDPOINT + "/", "/v1/runs", "/v1/gateway/")):
         return "write"  # the gateway is in the process of the writer

@@ -26,6 +26,7 @@ from rock.cli.serve.gateway import RemoteGateway, ServerGateway, endpoint_of
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
+from rock.cli.serve.protocols import Protocols
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.http.asgi import App, Receive, Scope, Send
 from rock.http.forwarding import RemoteApp
@@ -248,8 +249,8 @@ class Control:
             self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
-        relayed = RelayedCalls(self.admin.audit.over(self.admin.configuration.over(self._route)),
-                               settings.reconnect_timeout)  # fmt: skip
+        routed = self.admin.audit.over(self.admin.configuration.over(self._route))
+        relayed = RelayedCalls(routed, settings.reconnect_timeout)
         self.gateway: ServerGateway | None = None
         self._remote_gateway: RemoteGateway | None = None
         self._routes = self.admin.app
@@ -259,6 +260,7 @@ class Control:
         self.e2b = e2b_of(settings, self.admin, store, self._proxy)
         if self.e2b is not None:
             self._routes = self.e2b.over(self._routes)
+        self._routes = Protocols(routed).over(self._routes)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
                               settings.api_key, self.admin.keys, settings.worker_key,

@@ -32,6 +32,7 @@ from rock.cli.serve.gateway import RemoteGateway, ServerGateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
+from rock.cli.serve.protocols import Protocols
 from rock.cli.serve.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.http.asgi import Answer, App, Receive, Request, Scope, Send, answer
@@ -281,6 +282,7 @@ class Server:
             self._routes = self.e2b.over(self._routes)
         self.page = page_of(settings, self.admin, self.store)
         routed = self.admin.audit.over(self.admin.configuration.over(self._route))
+        self._routes = Protocols(routed).over(self._routes)
         checked = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
                               settings.api_key, self.admin.keys, settings.worker_key,
                               **door_of(settings, self.home))  # fmt: skip

@@ -1,0 +1,14 @@
+"""The released client of MCP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize("transport", ["http", "stdio"])
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
+def test_the_released_client(run_script: Callable[..., Any], transport: str, mode: str) -> None:
+    assert len(run_script("mcp", "mcp_client.py", transport, mode).checks) >= 12
