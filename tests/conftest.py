@@ -153,6 +153,8 @@ class RunningServer:
             for info in client.list_sandboxes(states="stopped,archived"):
                 if info.kept or info.archive:
                     client.delete_sandbox(info.sandbox_id)
+            for snapshot in client.list_snapshots():
+                client.delete_snapshot(snapshot.snapshot_id)
         self.drop_front()
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(100) == 0, self.log()

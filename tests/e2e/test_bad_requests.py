@@ -184,7 +184,7 @@ def test_a_disk_that_is_nearly_full(small_disk: Path, own_server: Callable[..., 
     server, ballast, outcomes = own_server(home=small_disk), small_disk / "ballast", list[str]()
     with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m")):
         pass  # what a server makes once is there
-    for pages in [*range(24), *range(24, 90, 6)]:
+    for pages in [*range(24), *range(24, 90, 6), 128, 256, 512]:  # the log of the store grows meanwhile
         ballast.unlink(missing_ok=True)
         room = shutil.disk_usage(small_disk).free - (pages << 12)
         with open(ballast, "wb", buffering=0) as file:

@@ -4,13 +4,14 @@ and cut off. What each asked and observed goes into a History."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from rock.errors import Conflict, NoCapacity, NotFound, StorageFull, Unavailable
 from rock.sync import Sandbox, SandboxConfig
 from rock.sync.sandbox import Process
-from tests.faults.history import History, Operation, executions
+from tests.faults.history import NEVER, History, Operation, executions
 from tests.faults.world import World
 
 WORK = ("append", "append", "read", "next", "next", "get", "write", "load", "start", "status", "kill")
@@ -135,9 +136,18 @@ def final_look(world: World, history: History, sandbox_id: str) -> list[str]:
         raise last.problems[0]
     objects = history.objects()
     wrong = executions(objects.get(f"{sandbox_id}/log", ()), read_log(box))
-    begun = [
-        Operation(one.client, one.object, "append", one.argument, one.invoked, one.completed)
-        for name, operations in objects.items() if name.startswith(f"{sandbox_id}/") and name.endswith("/process")
-        for one in operations if one.name == "start"
-    ]  # fmt: skip
-    return wrong + executions(begun, read_log(box, "started"))
+    begun = []
+    for name, operations in objects.items():
+        if not (name.startswith(f"{sandbox_id}/") and name.endswith("/process")):
+            continue
+        # A process that is killed may end before it writes its id.
+        killed = any(one.name == "kill" for one in operations)
+        begun += [
+            Operation(one.client, one.object, "append", one.argument, one.invoked, NEVER if killed else one.completed)
+            for one in operations if one.name == "start"
+        ]  # fmt: skip
+    # A start is complete before its process writes: wait for the ids of those that run.
+    end = time.monotonic() + PATIENCE
+    while (found := executions(begun, read_log(box, "started"))) and time.monotonic() < end:
+        time.sleep(0.05)
+    return wrong + found
