@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "ui": {"ui", "admin", "store", *GROUND},
     # protocols of other services, over the service interface of the admin and the data plane
-    "dialects": {"dialects", "admin", "store", "guest", *GROUND},
+    "dialects": {"dialects", "admin", "store", "guest", "host", *GROUND},
     "admin": {"admin", "envhub", "kubernetes", "scheduler", "store", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ from e2b_code_interpreter import Sandbox as Interpreter
 from e2b import (
     AsyncSandbox,
     AuthenticationException,
+    BuildException,
     CommandExitException,
     FileNotFoundException,
     InvalidArgumentException,
@@ -34,6 +36,7 @@ from e2b import (
     SandboxNotRunningException,
     SandboxQuery,
     SandboxState,
+    Template,
     TimeoutException,
 )
 
@@ -71,6 +74,42 @@ def check_templates(_):
         assert sandbox.get_info().template_id == "host"
     error = raised(SandboxException, lambda: Sandbox.create("registry.invalid/none:1"))
     assert "registry.invalid" in str(error)
+
+
+def check_template_builds(_):
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/sub")
+        for name in ("a.txt", "sub/b.txt"):
+            with open(f"{folder}/{name}", "w") as file:
+                file.write(name)
+        template = (
+            Template(file_context_path=folder)
+            .from_template("base")
+            .set_envs({"QUOTED": "it's \"$HOME\" `x` \\"})
+            .set_workdir("/srv/work")
+            .copy("a.txt", "/data/a.txt")
+            .copy("sub", "/data/sub")
+            .run_cmd("[[ 1 == 1 ]] && echo built > /data/built; pwd > /data/cwd")
+            .run_cmd("id -un > /tmp/who", user="daemon")
+        )
+        lines = []
+        built = Template.build(template, alias="checked", cpu_count=1, memory_mb=256,
+                               on_build_logs=lambda entry: lines.append(entry.message))
+        assert any(line.startswith("COPY") for line in lines)
+        assert Template.exists("checked") and not Template.exists("no-such")
+        for name in ("checked", built.template_id):
+            with Sandbox.create(name, timeout=60) as sandbox:
+                shown = sandbox.commands.run("cat /data/a.txt /data/sub/b.txt /data/built /data/cwd /tmp/who; id -un; "
+                                             "printf %s \"$QUOTED\"").stdout
+                assert shown == "a.txtsub/b.txtbuilt\n/srv/work\ndaemon\nroot\nit's \"$HOME\" `x` \\", shown
+                assert sandbox.get_info().memory_mb == 256
+        Template.build(template, alias="checked")  # its steps and files are cached
+        error = raised(BuildException, lambda: Template.build(Template().from_template("checked").run_cmd("exit 3"),
+                                                              alias="failing"))
+        assert "status 3" in str(error) and not Template.exists("failing")
+        error = raised(BuildException, lambda: Template.build(Template().from_template("checked")
+                                                              .set_start_cmd("sleep 9", "true"), alias="failing"))
+        assert "startCmd" in str(error)
 
 
 def check_list_pages_and_filters(_):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -27,13 +28,14 @@ NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 @dataclass(frozen=True)
 class Options:
     """Settings of the dialect. image: of template "base". network: of sandboxes with internet access. memory, cpus: of
-    each sandbox. domain: under which ports have host names, PORT-ID.DOMAIN; "" is none."""
+    each sandbox. domain: under which ports have host names, PORT-ID.DOMAIN; "" is none. folder: of templates."""
 
     image: str = "host"
     network: str = "nat"
     memory: str = "2g"
     cpus: float = 2.0
     domain: str = ""
+    folder: Path = Path("e2b")
 
 
 # ---- request bodies ----
