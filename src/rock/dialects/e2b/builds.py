@@ -1,6 +1,6 @@
 """Template builds: the steps of a template as a Dockerfile, built by the native builder to an image.
 
-A template is a file in a folder of the server. Its id is derived from the tenant and the name, and the name of its image
+A template is a file in a folder of the server. Its id is derived from tenant and name, and the name of its image
 from the id, so that there is no table.
 """
 
