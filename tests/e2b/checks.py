@@ -164,7 +164,8 @@ def check_idempotency_key(_):
 
 def check_refused_options(_):
     refused = {
-        "autoPause": {"lifecycle": {"on_timeout": "pause"}}, "mcp": {"mcp": {"browserbase": {"apiKey": "x"}}},
+        "autoResume": {"lifecycle": {"on_timeout": "pause", "auto_resume": True}},
+        "mcp": {"mcp": {"browserbase": {"apiKey": "x"}}},
         "denyOut": {"network": {"deny_out": ["203.0.113.1"]}},
         "maskRequestHost": {"network": {"mask_request_host": "localhost"}},
     }  # fmt: skip
@@ -189,6 +190,20 @@ def check_pause_and_resume(_):
     assert same.is_running() and 0 < same.get_info().end_at.timestamp() - time.time() < 91
     assert handle.wait().stdout.split() == [str(n) for n in range(1, 21)]
     same.kill()
+
+
+def check_pause_at_the_timeout(_):
+    sandbox = Sandbox.create(timeout=1, lifecycle={"on_timeout": "pause"})
+    handle = sandbox.commands.run("i=0; while [ ! -e /tmp/stop ]; do sleep 0.05; done; echo stopped", background=True)
+    assert sandbox.get_info().lifecycle["on_timeout"] == "pause"
+    end = time.time() + 60
+    while sandbox.get_info().state != SandboxState.PAUSED:
+        assert time.time() < end, "it was not paused"
+        time.sleep(0.1)
+    sandbox.connect(timeout=60)
+    sandbox.files.write("/tmp/stop", "")
+    assert handle.wait().stdout == "stopped\n"
+    sandbox.kill()
 
 
 def check_snapshot_and_fork(_):

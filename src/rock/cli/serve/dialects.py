@@ -28,7 +28,10 @@ def e2b_of(settings: Settings, admin: Admin, store: Store, data: App) -> E2B | N
     domain = settings.e2b_domain.lower().strip(".")
     options = Options(settings.e2b_image, settings.e2b_network, settings.e2b_memory, settings.e2b_cpus, domain,
                       Path(settings.home) / "e2b")
-    return E2B(admin.tenant_services, admin.keys, data, store.get, _secret(settings), options)
+    made = E2B(admin.tenant_services, admin.keys, data, store.get, _secret(settings), options)
+    admin.service.on_pausing.append(made.on_pausing)
+    admin.service.on_continued.append(made.on_continued)
+    return made
 
 
 def _secret(settings: Settings) -> bytes:

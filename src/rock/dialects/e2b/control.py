@@ -37,6 +37,7 @@ _START_WITHIN = 180.0  # seconds
 _SNAPSHOT_TTL = 10 * 365 * 86400.0  # a snapshot of E2B exists until it is deleted
 _BOTH = {"running", "paused"}
 _SAMPLES = 2000
+_PRECISION = 1e-6  # seconds: of times in responses, which clients send back
 _NO_BODY = Answer(b"", 204)
 
 
@@ -169,7 +170,8 @@ class Control:
         made = state.listed(record) | {
             "domain": self.domain(request),
             "envdAccessToken": self._tokens.access(record.id, self._tenant(request).caller),
-            "allowInternetAccess": config.network != "none", "lifecycle": {"autoResume": False, "onTimeout": "kill"},
+            "allowInternetAccess": config.network != "none",
+            "lifecycle": {"autoResume": False, "onTimeout": "pause" if config.on_timeout == "pause" else "kill"},
             "network": {"allowPublicTraffic": not record.info.labels.get(state.PRIVATE),
                         "allowOut": config.egress or [],
                         "denyOut": ["0.0.0.0/0"] if config.network == "none" or config.egress is not None else []},
@@ -250,16 +252,11 @@ class Control:
         record = await self._load(request)
         if record.info.paused_at is not None:
             raise Conflict(f"sandbox {record.id} is already paused", hint="connect to it to resume it")
-        tenant, gate = self._tenant(request), self._programs.gate(record.id)
-        await gate.close()
+        tenant = self._tenant(request)
         try:
             await tenant.pause(record.id)
         except Conflict as error:  # a status of 409 would mean that it is paused already
-            gate.reopen()
             raise InvalidConfig(str(error), hint="close terminals and end requests first") from None
-        except BaseException:
-            gate.reopen()
-            raise
         await tenant.update(record.id, UpdateSandbox(timeout=None))
         return _NO_BODY
 
@@ -274,7 +271,6 @@ class Control:
         else:
             await tenant.update(record.id, UpdateSandbox(timeout=state.lasting(spec.timeout)))
             await tenant.resume(record.id)
-            self._programs.gate(record.id).reopen()
         return answer(self._view(request, await tenant.load(record.id)), 200 if record.info.paused_at is None else 201)
 
     # ---- snapshots and forks ----
@@ -397,7 +393,7 @@ class _Query:
         now = "running" if info.paused_at is None else "paused"
         if now not in (self.states or _BOTH) or (self.template and state.template_of(record) != self.template):
             return False
-        return self.started_after is None or (info.started_at or 0.0) > self.started_after
+        return self.started_after is None or (info.started_at or 0.0) > self.started_after + _PRECISION
 
 
 def _query(request: Request) -> _Query:

@@ -57,7 +57,10 @@ Load = Callable[[str], Awaitable[Record | None]]
 
 class E2B:
     """The dialect of one server. data: the data plane. load: the record of a sandbox by its id, of any tenant. secret:
-    the key of the access tokens, which all servers of one installation share."""
+    the key of the access tokens, which all servers of one installation share.
+
+    on_pausing, on_continued: hooks of the service (admin/sandboxes/service.py).
+    """
 
     def __init__(
         self, tenants: TenantServices, keys: Keys, data: App, load: Load, secret: bytes, options: Options
@@ -69,6 +72,7 @@ class E2B:
         self._tenants = tenants
         self._accounts = Accounts()
         self._programs = Programs()
+        self.on_pausing, self.on_continued = self._programs.withdraw, self._programs.repeat
         self._terminals = Terminals(data)
         self._interpreter = Interpreter(self._programs)
         self._builds = Builds(options.folder, data, self._tokens, options)
