@@ -10,6 +10,7 @@ import http.client
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from websockets.sync.client import connect
 from rock.admin.api import agentscope
 from rock.admin.api.rock_v1 import GEM, ROCKLET, SANDBOXES, commands, environments, files, rocklet, sandboxes
 from rock.dialects.e2b import PREFIX as E2B
+from rock.dialects.e2b.builds import Builds
 from rock.dialects.e2b.control import Control
 from rock.protocol.keys import Access, CreateKey
 from rock.protocol.routes import METHODS, ROUTES
@@ -53,8 +55,9 @@ def dialect() -> Iterator[Row]:
         (GEM, environments.Gem(nothing, nothing).routes()), ("", environments.EnvHub(nothing).routes()),
     ):  # fmt: skip
         yield from (Row(method, prefix + path, access) for method, path, _, access in routes)
+    builds = Builds(Path(), nothing, nothing, nothing)
     yield from (Row(method, E2B + path, access)
-                for method, path, _, access in Control(nothing, nothing, nothing, nothing).rows())  # fmt: skip
+                for method, path, _, access in Control(nothing, nothing, nothing, builds, nothing).rows())  # fmt: skip
     yield Row("GET", f"{agentscope.PREFIX}/healthz", Access.READ)
     for name in ("get_env_profile", "create", "step", "evaluate", "get_info", "release"):
         yield Row("POST", f"{agentscope.PREFIX}/{name}", Access.RUN)

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ from e2b_code_interpreter import Sandbox as Interpreter
 from e2b import (
     AsyncSandbox,
     AuthenticationException,
+    BuildException,
     CommandExitException,
     FileNotFoundException,
     InvalidArgumentException,
@@ -34,6 +36,7 @@ from e2b import (
     SandboxNotRunningException,
     SandboxQuery,
     SandboxState,
+    Template,
     TimeoutException,
 )
 
@@ -71,6 +74,42 @@ def check_templates(_):
         assert sandbox.get_info().template_id == "host"
     error = raised(SandboxException, lambda: Sandbox.create("registry.invalid/none:1"))
     assert "registry.invalid" in str(error)
+
+
+def check_template_builds(_):
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/sub")
+        for name in ("a.txt", "sub/b.txt"):
+            with open(f"{folder}/{name}", "w") as file:
+                file.write(name)
+        template = (
+            Template(file_context_path=folder)
+            .from_template("base")
+            .set_envs({"QUOTED": "it's \"$HOME\" `x` \\"})
+            .set_workdir("/srv/work")
+            .copy("a.txt", "/data/a.txt")
+            .copy("sub", "/data/sub")
+            .run_cmd("[[ 1 == 1 ]] && echo built > /data/built; pwd > /data/cwd")
+            .run_cmd("id -un > /tmp/who", user="daemon")
+        )
+        lines = []
+        built = Template.build(template, alias="checked", cpu_count=1, memory_mb=256,
+                               on_build_logs=lambda entry: lines.append(entry.message))
+        assert any(line.startswith("COPY") for line in lines)
+        assert Template.exists("checked") and not Template.exists("no-such")
+        for name in ("checked", built.template_id):
+            with Sandbox.create(name, timeout=60) as sandbox:
+                shown = sandbox.commands.run("cat /data/a.txt /data/sub/b.txt /data/built /data/cwd /tmp/who; id -un; "
+                                             "printf %s \"$QUOTED\"").stdout
+                assert shown == "a.txtsub/b.txtbuilt\n/srv/work\ndaemon\nroot\nit's \"$HOME\" `x` \\", shown
+                assert sandbox.get_info().memory_mb == 256
+        Template.build(template, alias="checked")  # its steps and files are cached
+        error = raised(BuildException, lambda: Template.build(Template().from_template("checked").run_cmd("exit 3"),
+                                                              alias="failing"))
+        assert "status 3" in str(error) and not Template.exists("failing")
+        error = raised(BuildException, lambda: Template.build(Template().from_template("checked")
+                                                              .set_start_cmd("sleep 9", "true"), alias="failing"))
+        assert "startCmd" in str(error)
 
 
 def check_list_pages_and_filters(_):
@@ -125,7 +164,8 @@ def check_idempotency_key(_):
 
 def check_refused_options(_):
     refused = {
-        "autoPause": {"lifecycle": {"on_timeout": "pause"}}, "mcp": {"mcp": {"browserbase": {"apiKey": "x"}}},
+        "autoResume": {"lifecycle": {"on_timeout": "pause", "auto_resume": True}},
+        "mcp": {"mcp": {"browserbase": {"apiKey": "x"}}},
         "denyOut": {"network": {"deny_out": ["203.0.113.1"]}},
         "maskRequestHost": {"network": {"mask_request_host": "localhost"}},
     }  # fmt: skip
@@ -150,6 +190,20 @@ def check_pause_and_resume(_):
     assert same.is_running() and 0 < same.get_info().end_at.timestamp() - time.time() < 91
     assert handle.wait().stdout.split() == [str(n) for n in range(1, 21)]
     same.kill()
+
+
+def check_pause_at_the_timeout(_):
+    sandbox = Sandbox.create(timeout=1, lifecycle={"on_timeout": "pause"})
+    handle = sandbox.commands.run("i=0; while [ ! -e /tmp/stop ]; do sleep 0.05; done; echo stopped", background=True)
+    assert sandbox.get_info().lifecycle["on_timeout"] == "pause"
+    end = time.time() + 60
+    while sandbox.get_info().state != SandboxState.PAUSED:
+        assert time.time() < end, "it was not paused"
+        time.sleep(0.1)
+    sandbox.connect(timeout=60)
+    sandbox.files.write("/tmp/stop", "")
+    assert handle.wait().stdout == "stopped\n"
+    sandbox.kill()
 
 
 def check_snapshot_and_fork(_):

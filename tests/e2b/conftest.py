@@ -18,7 +18,7 @@ from tests.conftest import RunningServer
 from tests.leaks import Inventory
 
 from rock.errors import NotFound
-from rock.protocol.keys import CreateKey
+from rock.protocol.keys import Access, CreateKey
 from rock.sync import Client
 
 HERE = Path(__file__).parent
@@ -47,7 +47,8 @@ def e2b(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def tenant(e2b: RunningServer) -> str:
     """The key of a tenant."""
     with Client(e2b.url, OWNER) as client:
-        return client.create_key(CreateKey(name="e2b", tenant="alice")).key
+        scopes = [Access.READ, Access.RUN, Access.CREATE, Access.IMAGES]
+        return client.create_key(CreateKey(name="e2b", tenant="alice", scopes=scopes)).key
 
 
 @pytest.fixture

@@ -68,13 +68,13 @@ def test_networks(given_fields: dict[str, Any], network: str, egress: list[str] 
     assert (config.network, config.egress) == (network, egress)
 
 
-@pytest.mark.parametrize("name", ["autoPause", "mcp", "iam", "autoResume", "httpsPorts", "egressProxy"])
+@pytest.mark.parametrize("name", ["autoPauseMemory", "mcp", "iam", "autoResume", "httpsPorts", "egressProxy"])
 def test_an_option_that_is_refused_is_named(name: str) -> None:
     values: dict[str, Any] = {
-        "autoPause": True, "mcp": {"a": {}}, "iam": {"tokens": {}}, "autoResume": {"enabled": True}, "httpsPorts": [1],
-        "egressProxy": {"address": "a"},
+        "autoPauseMemory": False, "mcp": {"a": {}}, "iam": {"tokens": {}}, "autoResume": {"enabled": True},
+        "httpsPorts": [1], "egressProxy": {"address": "a"},
     }  # fmt: skip
-    fields = {name: values[name]}
+    fields = {name: values[name], **({"autoPause": True} if name == "autoPauseMemory" else {})}
     spec = NewSandbox.model_validate(fields if name in NewSandbox.model_fields else {"network": fields})
     with pytest.raises(RockError, match=name):
         config_of(spec, Options(), "host", None)

@@ -192,9 +192,58 @@ def test_unknown_routes_and_methods(e2b: RunningServer, tenant: str) -> None:
     assert control(e2b, tenant, "PATCH", "/v2/sandboxes")[0] == 405
     for sandbox_id in ("..", "a%2F..%2Fb", "x" * 300, "%00", "-"):
         assert control(e2b, tenant, "GET", f"/sandboxes/{sandbox_id}")[0] == 404
-    status, found, _ = control(e2b, tenant, "POST", "/v3/templates", {"name": "x"})
-    assert status == 400 and "building templates" in found["message"] and found["error_code"] == "unsupported"
+    status, found, _ = control(e2b, tenant, "GET", "/templates/x/tags")
+    assert status == 400 and "is not supported" in found["message"] and found["error_code"] == "unsupported"
     assert control(e2b, tenant, "POST", "/v2/sandboxes", {"timeout": 9}, **{"Idempotency-Key": "a b"})[0] == 400
+
+
+DIGEST = "a" * 64
+
+
+@pytest.mark.parametrize("step", [
+    {"type": "RUN"}, {"type": "ENV", "args": ["A"]}, {"type": "ENV", "args": ["A B", "1"]},
+    {"type": "ENV", "args": ["A", "1\nRUN x"]}, {"type": "USER", "args": ["x\nRUN y"]},
+    {"type": "RUN", "args": ["x", "a b"]},
+    {"type": "WORKDIR", "args": ["/a", "/b"]}, {"type": "ENTRYPOINT", "args": ["x"]},
+    {"type": "COPY", "args": ["a", "/b"]}, {"type": "COPY", "args": ["../a", "/b"], "filesHash": DIGEST},
+    {"type": "COPY", "args": ["a", "/b", "", "x y"], "filesHash": DIGEST}, {"type": "COPY", "args": ["a", "/b"],
+    "filesHash": "../../x"}, {"type": "COPY", "args": ["a", "/b"], "filesHash": DIGEST},
+])  # fmt: skip
+def test_a_wrong_step_of_a_build(e2b: RunningServer, tenant: str, step: dict[str, Any]) -> None:
+    status, made, _ = control(e2b, tenant, "POST", "/v3/templates", {"name": "wrong"})
+    assert status == 202
+    path = f"/v2/templates/{made['templateID']}/builds/{made['buildID']}"
+    status, found, _ = control(e2b, tenant, "POST", path, {"fromTemplate": "base", "steps": [step]})
+    assert status == 400 and found["message"], found
+
+
+def test_builds_of_others(e2b: RunningServer, tenant: str) -> None:
+    with Client(e2b.url, OWNER) as client:
+        weak = client.create_key(CreateKey(name="e2b", tenant="dave")).key
+        scopes = [Access.READ, Access.CREATE, Access.IMAGES]
+        other = client.create_key(CreateKey(name="e2b", tenant="erin", scopes=scopes)).key
+    assert control(e2b, weak, "POST", "/v3/templates", {"name": "x"})[0] == 403
+    made = control(e2b, tenant, "POST", "/v3/templates", {"name": "mine"})[1]
+    path = f"/templates/{made['templateID']}"
+    assert control(e2b, other, "GET", f"{path}/builds/{made['buildID']}/status")[0] == 404
+    assert control(e2b, other, "POST", f"/v2{path}/builds/{made['buildID']}", {"fromTemplate": "base"})[0] == 404
+    for name in ("../x", "A", "base", "a" * 200, ""):
+        assert control(e2b, tenant, "POST", "/v3/templates", {"name": name})[0] == 400
+    assert control(e2b, tenant, "GET", f"{path}/files/x")[0] == 400
+    link = control(e2b, tenant, "GET", f"{path}/files/{DIGEST}")[1]
+    assert link["present"] is False
+    upload = link["url"].removeprefix(e2b.url)
+    assert ask(e2b, "PUT", upload[:-1] + ("0" if upload[-1] != "0" else "1"), b"x")[0] == 401
+    assert ask(e2b, "PUT", upload.replace("a" * 64, "b" * 64), b"x")[0] == 401
+    assert ask(e2b, "PUT", upload, b"no tar")[0] == 200
+    assert control(e2b, tenant, "GET", f"{path}/files/{DIGEST}")[1]["present"] is True
+    assert control(e2b, other, "GET", f"{path}/files/{DIGEST}")[1]["present"] is False
+    steps = [{"type": "COPY", "args": ["a", "/b"], "filesHash": DIGEST}]
+    spec = {"fromTemplate": "base", "steps": steps}
+    assert control(e2b, tenant, "POST", f"/v2{path}/builds/{made['buildID']}", spec)[0] == 202
+    status = f"{path}/builds/{made['buildID']}/status"
+    until(lambda: control(e2b, tenant, "GET", status)[1]["status"] == "error", 30)
+    assert "no tar" in control(e2b, tenant, "GET", status)[1]["reason"]["message"]
 
 
 def test_older_routes(e2b: RunningServer, tenant: str) -> None:

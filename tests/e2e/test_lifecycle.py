@@ -101,7 +101,7 @@ def test_a_deadline(server: RunningServer) -> None:
 
 def test_a_changed_deadline(server: RunningServer, own_server: Callable[..., RunningServer]) -> None:
     with Client(server.url) as client:
-        longer, shorter = (Sandbox(config(server, timeout=3.0)) for _ in range(2))
+        longer, shorter = (Sandbox(config(server, timeout=3.0, auto_clear_seconds=0)) for _ in range(2))
         longer.start()
         shorter.start()
         info = client.update_sandbox(str(longer.sandbox_id), timeout=600)

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import RunningServer
 from tests.waiting import until
 
-from rock.errors import Conflict
+from rock.errors import Conflict, Unsupported
 from rock.protocol.sandbox import State
 from rock.sync import Client, Sandbox
 
@@ -125,3 +125,17 @@ def test_it_stays_paused_over_a_crash_of_the_server(own_server: Callable[..., Ru
     until(lambda: count(box) > first, 10)
     assert box.run("echo $x").output.strip() == "kept"
     box.stop()
+
+
+def test_a_pause_at_the_deadline(server: RunningServer) -> None:
+    with Sandbox("host", memory="256m", max_lifetime=1.5, on_timeout="pause", base_url=server.url) as box:
+        counting(box)
+        client = Client(server.url)
+        until(lambda: client.get_sandbox(box.sandbox_id or "").paused_at is not None, 30)
+        info = client.get_sandbox(box.sandbox_id or "")
+        assert info.state is State.RUNNING and info.auto_stop_at is None
+        client.update_sandbox(box.sandbox_id or "", timeout=60)
+        box.resume()
+        assert count(box) > 0
+    with pytest.raises(Unsupported, match="on_timeout"):
+        Sandbox("host", memory="256m", max_lifetime=9, on_timeout="pause", runtime="fake", base_url=server.url).start()

@@ -17,7 +17,7 @@ from rock.admin.sandboxes.lifecycle import Effect, Event, deadline_of, life_bega
 from rock.admin.sandboxes.service import Service
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import NotFound, RockError, Unavailable
+from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.kubernetes.pods import PodReservations
 from rock.protocol.node import NodeEvent, NodeSandbox
 from rock.protocol.sandbox import Cause, State
@@ -419,6 +419,9 @@ class Reconciler:
             config, now = record.config, time.time()
             deadline = deadline_of(record)
             if deadline is not None and now >= deadline:
+                if config.on_timeout == "pause":
+                    await self._pause(record)
+                    return
                 lived = deadline - (record.info.started_at or deadline)
                 await self.service.stop(sandbox_id, Cause.DEADLINE, f"its time of {lived:.6g} s was over")
                 return
@@ -442,6 +445,15 @@ class Reconciler:
             # Continue after any error: without further checks the sandbox would run forever.
             reconciler_log.exception("deadline of %s; looking again", sandbox_id)
             self._push(time.time() + _POLL, sandbox_id)
+
+    async def _pause(self, record: Record) -> None:
+        """Pause a sandbox at its deadline, and try again while requests are in progress."""
+        try:
+            await self.service.pause(record.id)
+            await self.service.set_deadline(record.id, 0.0, {})
+        except Conflict as error:
+            reconciler_log.info("pause of %s at its deadline: %s", record.id, error.message)
+            self._push(time.time() + _RETRY, record.id)
 
     async def _look_at_kept(self, record: Record) -> None:
         info, now = record.info, time.time()

@@ -187,7 +187,8 @@ class SandboxConfig(BaseConfig, Inside):
     shm_size: size of /dev/shm, at most half of the memory; None is up to a quarter.
     auto_clear_seconds: idle timeout after which it is stopped; 0 is never. A sandbox is idle when no request is in
     progress: a background process alone does not keep it alive. timeout: seconds from its start after which it is
-    stopped in any case; None is never.
+    stopped in any case; None is never. on_timeout: None stops it at that time, "pause" pauses it, as soon as no request
+    is in progress, and a paused sandbox has no timeout.
     auto_delete_seconds: retention of the files of a stopped sandbox, for a restart or archiving: seconds from its stop.
     With None and 0 the files are deleted when it stops.
     auto_archive_seconds: retain the files too, and move them to the server's archive so many seconds after the stop.
@@ -231,6 +232,7 @@ class SandboxConfig(BaseConfig, Inside):
     auto_archive_seconds: int | None = Field(default=None, ge=0, le=_LONGEST)
     auto_delete_seconds: int | None = Field(default=None, ge=0, le=_LONGEST)
     timeout: float | None = Field(default=None, gt=0, le=_LONGEST)
+    on_timeout: Literal["pause"] | None = None
     startup_timeout: float = Field(default=180.0, gt=0, le=_LONGEST)
     network: Literal["none", "nat", "bridge", "host"] = "none"
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
@@ -426,11 +428,9 @@ class ArchivedFiles(Wire):
 
 class UpdateSandbox(Inside):
     """Changes of a sandbox's record, in any state. Only the given fields change: a name of None removes the name, and
-    labels replace all labels. Conflict when another sandbox that runs has the name.
-
-    timeout: seconds from now after which it is stopped in any case, instead of the `timeout` of its config; None is
-    never. Conflict when it is neither pending nor running. A restart applies the timeout of the config again.
-    """
+    labels replace all labels. Conflict when another sandbox that runs has the name. timeout: seconds from now, instead
+    of the `timeout` of its config; None is never. Conflict when it is neither pending nor running. A restart applies the
+    timeout of the config again."""
 
     name: str | None = Field(default=None, pattern=NAME_PATTERN)
     labels: dict[str, str] = Field(default_factory=dict)

@@ -11,7 +11,19 @@ from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.rocklet.commands.registry import open_ahead
 from rock.rocklet.images.store import Fetching, Images
-from rock.runtime.base import Accelerates, Connects, Forks, Keeps, Mounts, MountSource, OwnImages, Pools, Runtime, Trait
+from rock.runtime.base import (
+    Accelerates,
+    Connects,
+    Forks,
+    Keeps,
+    Mounts,
+    MountSource,
+    OwnImages,
+    Pauses,
+    Pools,
+    Runtime,
+    Trait,
+)
 from rock.runtime.plugins import BrokenRuntime
 
 log = logging.getLogger("rock.node")
@@ -121,6 +133,9 @@ class Runtimes:
     async def check(self, config: SandboxConfig) -> None:
         """Raise the errors that a create would raise at once; starts nothing."""
         runtime = self.of(config)
+        if config.on_timeout == "pause" and not isinstance(runtime, Pauses):
+            raise Unsupported(f'on_timeout="pause": runtime {runtime.name!r} has no pause',
+                              hint="leave out on_timeout, or use another runtime")
         # Prerequisites that are installed on first use are checked at that time.
         if await self._has_image(runtime, config):
             await runtime.check(config)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rock import faults
@@ -69,6 +70,9 @@ class Service:
         self.groups = Groups(store, self.placer, self.start_tasks, self.archive.check, self.resolve, self.stop)
         self.snapshots = Snapshots(store, self.records, workers, self.groups, snapshot_ttl)
         self.envs = EnvironmentHosts(store, workers, self.placer, started, self.insert)
+        # called with an id before a pause, and after a resume or a failed pause
+        self.on_pausing: list[Callable[[str], Awaitable[None]]] = []
+        self.on_continued: list[Callable[[str], None]] = []
         self.start_tasks.on_failed.append(self.groups.launch_failed)
         self.records.on_withdrawn.append(self.start_tasks.withdraw)
         self.records.on_effect[Effect.RELEASE].append(self._release)
@@ -221,14 +225,25 @@ class Service:
         """Stop its processes until it is resumed. Idempotent. Conflict when it does not run or has requests in
         progress; Unsupported by its runtime."""
         record, worker = await self._on_worker(sandbox_id, "paused")
-        await worker.pause(record.id)
+        try:
+            for hook in self.on_pausing:
+                await hook(record.id)
+            await worker.pause(record.id)
+        except BaseException:
+            self._continue(record.id)
+            raise
         return await self._noted(record, time.time() if record.info.paused_at is None else record.info.paused_at)
 
     async def resume(self, sandbox_id: str) -> SandboxInfo:
         """Continue a paused sandbox. Idempotent."""
         record, worker = await self._on_worker(sandbox_id, "resumed")
         await worker.resume(record.id)
+        self._continue(record.id)
         return await self._noted(record, None)
+
+    def _continue(self, sandbox_id: str) -> None:
+        for hook in self.on_continued:
+            hook(sandbox_id)
 
     async def _on_worker(self, sandbox_id: str, what: str) -> tuple[Record, Worker]:
         record = await self.records.load(sandbox_id)

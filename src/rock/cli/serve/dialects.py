@@ -26,8 +26,12 @@ def e2b_of(settings: Settings, admin: Admin, store: Store, data: App) -> E2B | N
     except ValueError as error:
         raise InvalidConfig(f"ROCK_E2B_MEMORY: {error}", hint="use a size like 2g") from None
     domain = settings.e2b_domain.lower().strip(".")
-    options = Options(settings.e2b_image, settings.e2b_network, settings.e2b_memory, settings.e2b_cpus, domain)
-    return E2B(admin.tenant_services, admin.keys, data, store.get, _secret(settings), options)
+    options = Options(settings.e2b_image, settings.e2b_network, settings.e2b_memory, settings.e2b_cpus, domain,
+                      Path(settings.home) / "e2b")
+    made = E2B(admin.tenant_services, admin.keys, data, store.get, _secret(settings), options)
+    admin.service.on_pausing.append(made.on_pausing)
+    admin.service.on_continued.append(made.on_continued)
+    return made
 
 
 def _secret(settings: Settings) -> bytes:

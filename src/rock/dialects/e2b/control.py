@@ -7,6 +7,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 from urllib.parse import parse_qsl, unquote
@@ -14,6 +15,7 @@ from urllib.parse import parse_qsl, unquote
 from rock.admin.sandboxes.lifecycle import deadline_of
 from rock.admin.tenants import TenantService, TenantServices
 from rock.dialects.e2b import state
+from rock.dialects.e2b.builds import Builds
 from rock.dialects.e2b.programs import Programs
 from rock.dialects.e2b.state import Options
 from rock.dialects.e2b.tokens import Tokens
@@ -35,6 +37,7 @@ _START_WITHIN = 180.0  # seconds
 _SNAPSHOT_TTL = 10 * 365 * 86400.0  # a snapshot of E2B exists until it is deleted
 _BOTH = {"running", "paused"}
 _SAMPLES = 2000
+_PRECISION = 1e-6  # seconds: of times in responses, which clients send back
 _NO_BODY = Answer(b"", 204)
 
 
@@ -42,16 +45,17 @@ class Control:
     """Handlers of the control plane."""
 
     def __init__(
-        self, tenants: TenantServices, tokens: Tokens, programs: Programs, options: Options,
-    ) -> None:  # fmt: skip
+        self, tenants: TenantServices, tokens: Tokens, programs: Programs, builds: Builds, options: Options
+    ) -> None:
         self._tenants = tenants
         self._tokens = tokens
         self._programs = programs
+        self._builds = builds
         self._options = options
         self._cpu: OrderedDict[str, tuple[float, float]] = OrderedDict()  # (time, CPU seconds) of the last measurement
 
     def rows(self) -> list[Row]:
-        create, read = Access.CREATE, Access.READ
+        create, read, images, builds = Access.CREATE, Access.READ, Access.IMAGES, self._builds
         return [
             ("POST", "/v2/sandboxes", self.create, create), ("POST", "/sandboxes", self.create, create),
             ("GET", "/v2/sandboxes", self.listing, read), ("GET", "/sandboxes", self.listing, read),
@@ -66,14 +70,17 @@ class Control:
             ("PUT", S + "/network", self.refused("changing the network of a running sandbox"), create),
             ("GET", S + "/logs", self.refused("reading logs of sandboxes"), read),
             ("GET", "/v2" + S + "/logs", self.refused("reading logs of sandboxes"), read),
-            *((method, path, self.refused("building templates", "build an image with `rock image build`, and "
-               "use its name as template"), create) for method, path in (
-                   ("POST", "/v3/templates"), ("POST", "/v2/templates"), ("POST", "/templates"),
-                   ("GET", "/templates"), ("GET", "/templates/{template}"), ("PATCH", "/templates/{template}"),
-                   ("POST", "/templates/{template}"), ("GET", "/templates/{template}/files/{hash}"),
-                   ("POST", "/v2/templates/{template}/builds/{build}"),
-                   ("GET", "/templates/{template}/builds/{build}/status"), ("POST", "/templates/tags"),
-                   ("DELETE", "/templates/tags"), ("GET", "/templates/{template}/tags"))),
+            ("POST", "/v3/templates", builds.create, images),
+            ("GET", "/templates/{template}/files/{hash}", builds.files, images),
+            ("PUT", "/templates/{template}/files/{hash}", builds.upload, images),
+            ("POST", "/v2/templates/{template}/builds/{build}", builds.start, images),
+            ("GET", "/templates/{template}/builds/{build}/status", builds.status, read),
+            *((method, path, self.refused("this operation on templates", "build templates with release 2 of the SDKs"),
+               images) for method, path in (
+                   ("POST", "/v2/templates"), ("POST", "/templates"), ("GET", "/templates"),
+                   ("GET", "/templates/{template}"), ("PATCH", "/templates/{template}"),
+                   ("POST", "/templates/{template}"), ("POST", "/templates/tags"), ("DELETE", "/templates/tags"),
+                   ("GET", "/templates/{template}/tags"))),
             *((method, path, self.refused("managing volumes by this protocol", "create a volume with `rock volume "
                "create`, and mount it by volume_mounts"), create) for method, path in (
                    ("POST", "/volumes"), ("GET", "/volumes"), ("GET", "/volumes/{volume}"),
@@ -130,24 +137,30 @@ class Control:
             raise InvalidConfig("the header Idempotency-Key is not 1 to 255 letters, digits, '-' and '_'",
                                 hint="use a UUID")  # fmt: skip
         tenant = self._tenant(request)
-        image, snapshot = await self._template(tenant, spec.templateID)
-        config = state.config_of(spec, self._options, image, snapshot)
+        image, snapshot, options = await self._template(tenant, spec.templateID)
+        config = state.config_of(spec, options, image, snapshot)
         info = await tenant.create(config, None if key is None else f"e2b {key}", _START_WITHIN)
         if info.state is not State.RUNNING:
             raise NotFound(f"sandbox {info.sandbox_id} of this Idempotency-Key is {info.state.value}",
                            hint="use another key for another sandbox")  # fmt: skip
         return answer(self._view(request, await tenant.load(info.sandbox_id)), 201)
 
-    async def _template(self, tenant: TenantService, template: str) -> tuple[str, str | None]:
-        """(image, snapshot) of a template: a snapshot by id or name, else an image by its name."""
+    async def _template(self, tenant: TenantService, template: str) -> tuple[str, str | None, Options]:
+        """(image, snapshot, settings) of a template: one that was built, a snapshot by id or name, else an image by its
+        name."""
         name = template.strip().removesuffix(":default")
         if not name or name in state.BASE:
-            return self._options.image, None
+            return self._options.image, None, self._options
+        built = self._builds.find(tenant.caller, name)
+        if built is not None:
+            own = replace(self._options, cpus=built.cpus or self._options.cpus,
+                          memory=built.memory or self._options.memory)  # fmt: skip
+            return self._builds.image_of(built, name), None, own
         if re.fullmatch(NAME_PATTERN, name):
             with contextlib.suppress(NotFound):
                 found = await tenant.get_snapshot(name)
-                return found.image, found.snapshot_id
-        return name, None
+                return found.image, found.snapshot_id, self._options
+        return name, None, self._options
 
     # ---- read ----
 
@@ -157,7 +170,8 @@ class Control:
         made = state.listed(record) | {
             "domain": self.domain(request),
             "envdAccessToken": self._tokens.access(record.id, self._tenant(request).caller),
-            "allowInternetAccess": config.network != "none", "lifecycle": {"autoResume": False, "onTimeout": "kill"},
+            "allowInternetAccess": config.network != "none",
+            "lifecycle": {"autoResume": False, "onTimeout": "pause" if config.on_timeout == "pause" else "kill"},
             "network": {"allowPublicTraffic": not record.info.labels.get(state.PRIVATE),
                         "allowOut": config.egress or [],
                         "denyOut": ["0.0.0.0/0"] if config.network == "none" or config.egress is not None else []},
@@ -238,16 +252,11 @@ class Control:
         record = await self._load(request)
         if record.info.paused_at is not None:
             raise Conflict(f"sandbox {record.id} is already paused", hint="connect to it to resume it")
-        tenant, gate = self._tenant(request), self._programs.gate(record.id)
-        await gate.close()
+        tenant = self._tenant(request)
         try:
             await tenant.pause(record.id)
         except Conflict as error:  # a status of 409 would mean that it is paused already
-            gate.reopen()
             raise InvalidConfig(str(error), hint="close terminals and end requests first") from None
-        except BaseException:
-            gate.reopen()
-            raise
         await tenant.update(record.id, UpdateSandbox(timeout=None))
         return _NO_BODY
 
@@ -262,7 +271,6 @@ class Control:
         else:
             await tenant.update(record.id, UpdateSandbox(timeout=state.lasting(spec.timeout)))
             await tenant.resume(record.id)
-            self._programs.gate(record.id).reopen()
         return answer(self._view(request, await tenant.load(record.id)), 200 if record.info.paused_at is None else 201)
 
     # ---- snapshots and forks ----
@@ -294,14 +302,18 @@ class Control:
 
     async def delete_template(self, request: Request) -> Answer:
         name = unquote(request.path["template"]).removesuffix(":default")
+        if await self._builds.delete(self._tenant(request).caller, name):
+            return _NO_BODY
         if not re.fullmatch(NAME_PATTERN, name):
             raise NotFound(f"template {name[:100]!r} not found", hint="only snapshots can be deleted here")
         await self._tenant(request).delete_snapshot(name)
         return _NO_BODY
 
     async def alias(self, request: Request) -> Answer:
-        """Whether a template has this name: a snapshot, or the default image."""
+        """Whether a template has this name: one that was built, a snapshot, or the default image."""
         name = unquote(request.path["alias"])
+        if (built := self._builds.find(self._tenant(request).caller, name)) is not None:
+            return answer({"templateID": built.id, "public": False})
         if name not in state.BASE:
             if not re.fullmatch(NAME_PATTERN, name):
                 raise NotFound(f"template {name[:100]!r} not found", hint="use base, or a snapshot")
@@ -381,7 +393,7 @@ class _Query:
         now = "running" if info.paused_at is None else "paused"
         if now not in (self.states or _BOTH) or (self.template and state.template_of(record) != self.template):
             return False
-        return self.started_after is None or (info.started_at or 0.0) > self.started_after
+        return self.started_after is None or (info.started_at or 0.0) > self.started_after + _PRECISION
 
 
 def _query(request: Request) -> _Query:

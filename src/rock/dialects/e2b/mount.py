@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 
 from rock.admin.tenants import Keys, TenantServices
 from rock.dialects.e2b import connect, files
+from rock.dialects.e2b.builds import Builds
 from rock.dialects.e2b.call import Accounts, Call, user_of
 from rock.dialects.e2b.control import Control
 from rock.dialects.e2b.errors import (
@@ -46,6 +47,7 @@ from rock.telemetry.context import CURRENT
 log = logging.getLogger("rock.e2b")
 PREFIX = "/e2b"
 DAEMON_PORT = 49983
+_TEMPLATES = PREFIX + "/templates/"
 _ID = re.compile(ID_PATTERN)
 _SANDBOX, _PORT = b"e2b-sandbox-id", b"e2b-sandbox-port"
 _TOKEN, _TRAFFIC = b"x-access-token", b"e2b-traffic-access-token"
@@ -55,7 +57,10 @@ Load = Callable[[str], Awaitable[Record | None]]
 
 class E2B:
     """The dialect of one server. data: the data plane. load: the record of a sandbox by its id, of any tenant. secret:
-    the key of the access tokens, which all servers of one installation share."""
+    the key of the access tokens, which all servers of one installation share.
+
+    on_pausing, on_continued: hooks of the service (admin/sandboxes/service.py).
+    """
 
     def __init__(
         self, tenants: TenantServices, keys: Keys, data: App, load: Load, secret: bytes, options: Options
@@ -67,9 +72,11 @@ class E2B:
         self._tenants = tenants
         self._accounts = Accounts()
         self._programs = Programs()
+        self.on_pausing, self.on_continued = self._programs.withdraw, self._programs.repeat
         self._terminals = Terminals(data)
         self._interpreter = Interpreter(self._programs)
-        self._control = Control(tenants, self._tokens, self._programs, options)
+        self._builds = Builds(options.folder, data, self._tokens, options)
+        self._control = Control(tenants, self._tokens, self._programs, self._builds, options)
         self._process = ProcessService(self._programs, self._terminals)
         self._filesystem = FilesystemService(Watching(self._programs, listed))
         self._rows = Router("e2b")
@@ -80,6 +87,7 @@ class E2B:
         """End what belongs to this server. Programs in sandboxes continue; terminals end."""
         await self._programs.close()
         await self._terminals.close()
+        await self._builds.close()
 
     # ---- before authentication ----
 
@@ -118,6 +126,10 @@ class E2B:
         traffic = headers.get(_TRAFFIC, b"").decode("latin-1")
         if traffic and sandbox_id and headers.get(_PORT, b"") not in (b"", b"%d" % DAEMON_PORT):
             caller = await self._tokens.sender(sandbox_id, traffic)
+            return scope if caller is None else {**scope, GRANTED: caller}
+        if scope["path"].startswith(_TEMPLATES) and b"token=" in raw and scope.get("method") == "PUT":
+            token = dict(parse_qsl(raw.decode("latin-1"))).get("token", "")
+            caller = await self._tokens.uploader(scope["path"].rpartition("/")[2], token)
             return scope if caller is None else {**scope, GRANTED: caller}
         if not scope["path"].endswith("/files") or b"signature=" not in raw or scope["type"] != "http":
             return scope

@@ -122,6 +122,16 @@ class Programs:
         if gate is not None:
             gate.reopen()
 
+    async def withdraw(self, sandbox_id: str) -> None:
+        """Withdraw the requests that wait in a sandbox, before a pause."""
+        if sandbox_id in self._gates or sandbox_id in self._known:
+            await self.gate(sandbox_id).close()
+
+    def repeat(self, sandbox_id: str) -> None:
+        """Repeat the withdrawn requests, after a resume."""
+        if sandbox_id in self._gates:
+            self._gates[sandbox_id].reopen()
+
     def of(self, sandbox_id: str) -> dict[str, Program]:
         return self._known.get(sandbox_id, {})
 

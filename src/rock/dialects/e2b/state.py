@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -27,13 +28,14 @@ NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 @dataclass(frozen=True)
 class Options:
     """Settings of the dialect. image: of template "base". network: of sandboxes with internet access. memory, cpus: of
-    each sandbox. domain: under which ports have host names, PORT-ID.DOMAIN; "" is none."""
+    each sandbox. domain: under which ports have host names, PORT-ID.DOMAIN; "" is none. folder: of templates."""
 
     image: str = "host"
     network: str = "nat"
     memory: str = "2g"
     cpus: float = 2.0
     domain: str = ""
+    folder: Path = Path("e2b")
 
 
 # ---- request bodies ----
@@ -127,8 +129,8 @@ def _refuse(what: str, hint: str) -> Unsupported:
 
 def config_of(spec: NewSandbox, options: Options, image: str, snapshot: str | None) -> SandboxConfig:
     """The config of a new sandbox. Unsupported names an option that the server does not have."""
-    if spec.autoPause:
-        raise _refuse("autoPause (lifecycle.on_timeout='pause')", "pause the sandbox before its timeout")
+    if spec.autoPause and spec.autoPauseMemory is False:
+        raise _refuse("autoPauseMemory=false (a pause without memory)", "leave it out")
     if spec.autoResume is not None and spec.autoResume.enabled:
         raise _refuse("autoResume (lifecycle.auto_resume)", "call connect to resume the sandbox")
     if spec.mcp:
@@ -146,6 +148,8 @@ def config_of(spec: NewSandbox, options: Options, image: str, snapshot: str | No
         "image": image, "memory": options.memory, "cpus": options.cpus, "auto_clear_seconds": 0,
         "timeout": lasting(spec.timeout), "env": spec.envVars, "labels": labels, "network": network,
     }  # fmt: skip
+    if spec.autoPause:
+        values["on_timeout"] = "pause"
     if egress is not None:
         values["egress"] = egress
     if snapshot is not None:

@@ -48,6 +48,14 @@ class Tokens:
             self._note(token, sandbox_id)
         return found
 
+    def upload(self, digest: str, caller: Caller) -> str:
+        """The token of a caller for the upload of one file of a build."""
+        return self._token("upload", digest, caller.key_id)
+
+    async def uploader(self, digest: str, token: str) -> Caller | None:
+        """The caller with a token for this upload."""
+        return await self._holder("upload", digest, token)
+
     async def sender(self, sandbox_id: str, token: str) -> Caller | None:
         """The caller with a traffic token for this sandbox."""
         return await self._holder("traffic", sandbox_id, token)

@@ -50,7 +50,8 @@ class SandboxOptions(ConnectOptions, total=False):
     nofile: maximum number of open files of a process. shm_size: size of /dev/shm, like `memory`.
     gpus: number of GPUs. gpu_type: model of the GPUs.
     idle_timeout: seconds without a request after which the sandbox stops; 0 is never. Default 300.
-    max_lifetime: seconds from its start after which the sandbox stops in any case; None is never.
+    max_lifetime: seconds from its start after which the sandbox stops in any case; None is never. on_timeout: "pause"
+    pauses it at that time instead.
     retain: seconds for which the files of the stopped sandbox are retained, for `restart`. None deletes them.
     archive_after: seconds from its stop after which its files move to the archive. It excludes `retain`.
     startup_timeout: seconds that a start may take. Default 180.
@@ -86,6 +87,7 @@ class SandboxOptions(ConnectOptions, total=False):
     gpu_type: str | None
     idle_timeout: int
     max_lifetime: float | None
+    on_timeout: Literal["pause"] | None
     retain: int | None
     archive_after: int | None
     startup_timeout: float
