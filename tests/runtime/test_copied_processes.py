@@ -144,7 +144,7 @@ def test_a_shell_with_jobs_pipes_and_open_files(tmp_path: Path) -> None:
         until [ -s piped ]; do sleep 0.01; done; cat piped; kill -USR1 $job
         until [ -s jobbed ]; do sleep 0.01; done; cat jobbed; kill $job $sleeper
         wait $job; echo "ended $?"; set -o | grep noclobber; stat -c '%a %u' log; tr '\0' ' ' </proc/$$/cmdline
-        cat /proc/$$/comm; grep -E 'Sig(Ign|Cgt)|Cap|Seccomp|NoNew|Uid' /proc/$$/status
+        cat /proc/$$/comm; trap -p; grep -E 'SigIgn|Cap|Seccomp|NoNew|Uid' /proc/$$/status
     """
 
     async def main() -> None:
@@ -229,6 +229,51 @@ def test_unread_input_and_the_end_of_streams(tmp_path: Path) -> None:
             assert (await copy.wait()).code == 7, "pid 1 reports the end of a copy"
             assert slow.status is None, "the original still waits"
             await end(one)
+
+    run(main())
+
+
+ASYNC = r"""
+import asyncio, os, signal, subprocess, sys
+log = []
+async def ticker():
+    while True:
+        await asyncio.sleep(0.01); log.append(1)
+async def main():
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: log.append("signal"))
+    event = os.eventfd(5, os.EFD_NONBLOCK)
+    task = loop.create_task(ticker())
+    child = subprocess.Popen(["cat"], stdin=-1, stdout=-1, bufsize=0)
+    while line := await reader.readline():
+        child.stdin.write(line)
+        answer = child.stdout.readline().decode().strip()
+        count = len(log)
+        while len(log) == count: await asyncio.sleep(0.001)
+        print(answer, "signal" in log, os.eventfd_read(event), flush=True); os.eventfd_write(event, 3)
+asyncio.run(main())
+"""
+
+
+def test_an_event_loop_continues(tmp_path: Path) -> None:
+    """asyncio: epoll, a socket pair, an eventfd, pipes to a child process."""
+
+    async def main() -> None:
+        async with forking(tmp_path) as (runtime, box):
+            await put(box, "/work/loop.py", ASYNC.encode())
+            loop = await box.spawn("python3", "-u", "/work/loop.py", stdin="pipe", key="process:loop", keep=True)
+            assert await ask(loop, "one") == "one False 5"
+            await runtime.checkpoint(box.handle, A, "auto", processes=True)
+            for number in range(2):
+                one = await child(runtime, f"child{number}")
+                copy = await attached(one, "process:loop")
+                assert await ask(copy, "two") == "two False 3"
+                await copy.signal(signal.SIGUSR1)
+                assert await ask(copy, "three") == "three True 3"
+                await end(one)
+            assert await ask(loop, "two") == "two False 3"
 
     run(main())
 

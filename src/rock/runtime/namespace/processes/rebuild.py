@@ -26,7 +26,7 @@ from rock.runtime.namespace.processes import address_space, capture
 from rock.runtime.namespace.processes.address_space import PAGE, Mapping
 from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
 from rock.runtime.namespace.processes.starting import Failed, Waiting
-from rock.runtime.namespace.processes.state import Process, Run, Tree, is_parked
+from rock.runtime.namespace.processes.state import Description, Process, Run, Tree, is_parked
 
 # mov rax and the six arguments from [r12]; syscall; store rax; next row; stop at an error, or after r13 rows
 _LOOP = bytes.fromhex("498b0424 498b7c2408 498b742410 498b542418 4d8b542420 4d8b442428 4d8b4c2430 0f05 4989442438"
@@ -36,6 +36,7 @@ _UNWRITTEN = 1 << 40
 _PRIVATE, _SHARED, _FIXED, _ANONYMOUS, _GROWS, _STACK, _NORESERVE = 2, 1, 0x10, 0x20, 0x100, 0x20000, 0x4000
 _MOVE = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
 _AT_FDCWD = -100
+_EPOLL_ADD = 1
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_NAME, _PR_CAPBSET_DROP = 1, 4, 8, 15, 24
 _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
@@ -241,6 +242,7 @@ def _files(table: Table, waiting: Waiting, tree: Tree) -> None:
     table.call("chdir", table.path(one.folder))
     used: set[int] = set()
     known: dict[int, int] = {}
+    watching: list[tuple[int, Description]] = []
     lowest = 0
     for number, index, cloexec in one.descriptors:
         description = tree.descriptions[index]
@@ -251,7 +253,11 @@ def _files(table: Table, waiting: Waiting, tree: Tree) -> None:
         else:
             while lowest in used:
                 lowest += 1
-            table.call("openat", _AT_FDCWD, table.path(description.path), description.flags | cloexec)
+            if description.kind == "epoll":
+                table.call("epoll_create1", cloexec)
+                watching.append((number, description))
+            else:
+                table.call("openat", _AT_FDCWD, table.path(description.path), description.flags | cloexec)
             if description.offset and not description.flags & os.O_PATH:
                 table.call("lseek", lowest, description.offset, os.SEEK_SET)
             if lowest != number:
@@ -259,6 +265,10 @@ def _files(table: Table, waiting: Waiting, tree: Tree) -> None:
                 table.call("close", lowest)
         known.setdefault(index, number)
         used.add(number)
+    for number, description in watching:
+        for target, events, data in description.watched:
+            event = struct.pack("=IQ", events & 0xFFFFFFFF, data)
+            table.call("epoll_ctl", number, _EPOLL_ADD, target, table.put(event))
     table.call("close_range", waiting.lowest, 0xFFFFFFFF, 0)
 
 

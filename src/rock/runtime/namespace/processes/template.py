@@ -190,6 +190,13 @@ class Descriptors:
                     ends[one.pipe[0], True], ends[one.pipe[0], False] = reading, writing
                     self._fill(one.pipe[0], writing)
                 self._add(index, self._opened(ends[one.pipe], one.flags))
+            elif one.kind == "socket":
+                if one.pipe not in ends:
+                    pair = socket.socketpair(socket.AF_UNIX, one.value)
+                    ends[one.pipe[0], True], ends[one.pipe[0], False] = (each.detach() for each in pair)
+                    self._own += [ends[one.pipe[0], True], ends[one.pipe[0], False]]
+                os.set_blocking(ends[one.pipe], not one.flags & os.O_NONBLOCK)
+                self._add(index, ends[one.pipe])
             elif one.kind == "event":
                 flags = os.EFD_CLOEXEC | (one.flags & os.O_NONBLOCK) | (one.flags & _EVENT_SEMAPHORE)
                 fd = os.eventfd(0, flags)
