@@ -140,7 +140,7 @@ def test_a_shell_with_jobs_pipes_and_open_files(tmp_path: Path) -> None:
     show = r"""
         echo "$x ${map[k]} $PWD $(umask) $(ulimit -Sn) $$ $BASHPID"; f 2; ll; read -u 7 line; echo "$line"
         printf 56 >&150; cat both; echo; echo two >&8; cat log; kill -USR1 $$; jobs -p | wc -l
-        readlink /proc/$sleeper/cwd; ls /proc/$$/fd | tr '\n' ' '; echo; echo "$job $sleeper $reader"; echo hi >&9
+        readlink /proc/$sleeper/cwd; ls /proc/$$/fd > fds; echo $(<fds); echo "$job $sleeper $reader"; echo hi >&9
         until [ -s piped ]; do sleep 0.01; done; cat piped; kill -USR1 $job
         until [ -s jobbed ]; do sleep 0.01; done; cat jobbed; kill $job $sleeper
         wait $job; echo "ended $?"; set -o | grep noclobber; stat -c '%a %u' log; tr '\0' ' ' </proc/$$/cmdline

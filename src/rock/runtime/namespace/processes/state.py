@@ -39,8 +39,8 @@ class Description(NamedTuple):
 
     kind: "file" (opened again by its path), "stream" (a pipe to pid 1), "pipe", "event", "socket" (one end of a pair)
     or "epoll". stream: the key of a program and the name of its stream. pipe: the index of the pipe or pair, and
-    whether this end reads, or is the first of the pair. value: the counter of an event, or the type of a socket. watched: by an
-    epoll instance: descriptor, events, data.
+    whether this end reads, or is the first of the pair. value: the counter of an event, or the type of a socket.
+    watched: by an epoll instance: descriptor, events, data.
     """
 
     kind: str
