@@ -352,7 +352,7 @@ def test_templates_end_and_are_made_again(tmp_path: Path) -> None:
 def test_a_limit_of_memory_ends_templates(tmp_path: Path) -> None:
     async def main() -> None:
         async with forking(tmp_path) as (runtime, box):
-            runtime._snapshots.copies.memory = 40 << 20
+            runtime._snapshots.copies.memory = 50 << 20
             python = await program(box, 24)
             await runtime.checkpoint(box.handle, A, "auto", processes=True)
             await runtime.checkpoint(box.handle, B, "auto", processes=True)

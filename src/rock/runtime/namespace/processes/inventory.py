@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rock.host import folders
-from rock.runtime.namespace.launcher import process_files
+from rock.runtime.namespace.launcher import child_setup, process_files
 from rock.runtime.namespace.processes import address_space, state
 from rock.runtime.namespace.processes.address_space import Mapping
 from rock.runtime.namespace.processes.state import Description
@@ -28,7 +28,6 @@ MOST_PROCESSES = 64
 _MOST_DESCRIPTORS = 2000
 _MOST_PIPE = 1 << 20  # bytes
 _KCMP, _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL = 312, 0, 1, 2, 3, 7
-_CAPABILITIES = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 10, 18))  # of child_setup.CAPABILITIES
 _MEMORY_FIELDS = (26, 27, 45, 46, 47, 0, 28, 48, 49, 50, 51)  # of /proc/PID/stat, in the order of prctl_mm_map
 _DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _NOT_FILES = {"proc", "sysfs", "tmpfs", "devpts", "devtmpfs", "cgroup", "cgroup2", "mqueue"}
@@ -319,10 +318,11 @@ def _of_process(status: Dictionary[str, str], fields: Sequence[str], pid: int) -
     problems = []
     if status.get("Threads") != "1":
         problems.append(f"has {status.get('Threads')} threads")
-    if status.get("NoNewPrivs") != "1" or status.get("Seccomp_filters", "1") != "1":
+    own = int(process_files.status(os.getpid()).get("Seccomp_filters", "0"))  # of a container, which a copy has too
+    if status.get("NoNewPrivs") != "1" or status.get("Seccomp_filters") != str(own + 1):
         problems.append("has a system call filter of its own")
     inheritable, permitted, effective, bounding, ambient = capabilities(status)
-    if ambient or (inheritable | permitted | effective | bounding) & ~_CAPABILITIES:
+    if ambient or (inheritable | permitted | effective | bounding) & ~child_setup.CAPABILITIES:
         problems.append("has capabilities that programs of a sandbox do not have")
     with open(f"/proc/{pid}/timers", encoding="utf-8", errors="replace") as file:
         if file.read(1):
