@@ -140,11 +140,11 @@ def test_a_shell_with_jobs_pipes_and_open_files(tmp_path: Path) -> None:
     show = r"""
         echo "$x ${map[k]} $PWD $(umask) $(ulimit -Sn) $$ $BASHPID"; f 2; ll; read -u 7 line; echo "$line"
         printf 56 >&150; cat both; echo; echo two >&8; cat log; kill -USR1 $$; jobs -p | wc -l
-        readlink /proc/$sleeper/cwd; ls /proc/$$/fd | tr '\n' ' '; echo; echo "$job $sleeper $reader"; echo hi >&9
+        readlink /proc/$sleeper/cwd; ls /proc/$$/fd > fds; echo $(<fds); echo "$job $sleeper $reader"; echo hi >&9
         until [ -s piped ]; do sleep 0.01; done; cat piped; kill -USR1 $job
         until [ -s jobbed ]; do sleep 0.01; done; cat jobbed; kill $job $sleeper
         wait $job; echo "ended $?"; set -o | grep noclobber; stat -c '%a %u' log; tr '\0' ' ' </proc/$$/cmdline
-        cat /proc/$$/comm; grep -E 'Sig(Ign|Cgt)|Cap|Seccomp|NoNew|Uid' /proc/$$/status
+        cat /proc/$$/comm; trap -p; grep -E 'SigIgn|Cap|Seccomp|NoNew|Uid' /proc/$$/status
     """
 
     async def main() -> None:
@@ -233,6 +233,51 @@ def test_unread_input_and_the_end_of_streams(tmp_path: Path) -> None:
     run(main())
 
 
+ASYNC = r"""
+import asyncio, os, signal, subprocess, sys
+log = []
+async def ticker():
+    while True:
+        await asyncio.sleep(0.01); log.append(1)
+async def main():
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: log.append("signal"))
+    event = os.eventfd(5, os.EFD_NONBLOCK)
+    task = loop.create_task(ticker())
+    child = subprocess.Popen(["cat"], stdin=-1, stdout=-1, bufsize=0)
+    while line := await reader.readline():
+        child.stdin.write(line)
+        answer = child.stdout.readline().decode().strip()
+        count = len(log)
+        while len(log) == count: await asyncio.sleep(0.001)
+        print(answer, "signal" in log, os.eventfd_read(event), flush=True); os.eventfd_write(event, 3)
+asyncio.run(main())
+"""
+
+
+def test_an_event_loop_continues(tmp_path: Path) -> None:
+    """asyncio: epoll, a socket pair, an eventfd, pipes to a child process."""
+
+    async def main() -> None:
+        async with forking(tmp_path) as (runtime, box):
+            await put(box, "/work/loop.py", ASYNC.encode())
+            loop = await box.spawn("python3", "-u", "/work/loop.py", stdin="pipe", key="process:loop", keep=True)
+            assert await ask(loop, "one") == "one False 5"
+            await runtime.checkpoint(box.handle, A, "auto", processes=True)
+            for number in range(2):
+                one = await child(runtime, f"child{number}")
+                copy = await attached(one, "process:loop")
+                assert await ask(copy, "two") == "two False 3"
+                await copy.signal(signal.SIGUSR1)
+                assert await ask(copy, "three") == "three True 3"
+                await end(one)
+            assert await ask(loop, "two") == "two False 3"
+
+    run(main())
+
+
 def test_children_are_copied_again_and_return(tmp_path: Path) -> None:
     async def main() -> None:
         async with forking(tmp_path) as (runtime, box):
@@ -307,7 +352,7 @@ def test_templates_end_and_are_made_again(tmp_path: Path) -> None:
 def test_a_limit_of_memory_ends_templates(tmp_path: Path) -> None:
     async def main() -> None:
         async with forking(tmp_path) as (runtime, box):
-            runtime._snapshots.copies.memory = 40 << 20
+            runtime._snapshots.copies.memory = 50 << 20
             python = await program(box, 24)
             await runtime.checkpoint(box.handle, A, "auto", processes=True)
             await runtime.checkpoint(box.handle, B, "auto", processes=True)

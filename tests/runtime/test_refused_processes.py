@@ -20,7 +20,15 @@ pytestmark = pytest.mark.skipif(not LIVE, reason="processes are copied by root o
 # Python that brings itself into a state, and the reason that is expected.
 STATES = {
     "threads": ("import threading; threading.Thread(target=sys.stdin.read, daemon=True).start()", "2 threads"),
-    "listener": ("s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()", r"a socket open \(descriptor 3\)"),
+    "listener": ("s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()",
+                 r"a socket open \(descriptor 3\), which is not one end of a pair"),
+    "abstract socket": ("s = socket.socket(socket.AF_UNIX); s.bind(chr(0) + 'x')", "not one end of a pair"),
+    "half a pair": ("a, b = socket.socketpair(); b.close()", "not one end of a pair"),
+    "closed half": ("a, b = socket.socketpair(); b.shutdown(1)", "not one end of a pair"),
+    "unread socket": ("a, b = socket.socketpair(); a.send(b'x')", "which has unread data"),
+    "watched and closed": ("e = select.epoll(); a, b = os.pipe(); c = os.dup(a); e.register(a); os.close(a)",
+                           "watches a file that has no descriptor"),
+    "shared epoll": ("e = select.epoll()\nif not os.fork(): time.sleep(1000)", "shares the open file"),
     "connection": ("a = socket.create_server(('127.0.0.1', 0)); b = socket.create_connection(a.getsockname())",
                    r"a socket open \(descriptor 3\)"),
     "udp": ("s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('127.0.0.1', 9))", "a socket open"),

@@ -135,6 +135,8 @@ async def _forks(short: bool) -> list[Figure]:
     floor = forks.overlay_commits(n)
     with running_server(0) as (url, _):
         times = await forks.snapshots(url, n)
+        few, size = (2, 100) if short else (10, 100)
+        copies = await forks.copies(url, few, size)
         plain = await first_commands(url, n // 2 + 1, 0.05)
     commit = "the commit of an overlay, bare system calls"
     return [
@@ -142,6 +144,18 @@ async def _forks(short: bool) -> list[Figure]:
         Figure("its processes are stopped", "ms", times["pause"], "", commit, floor),
         Figure("rollback and a command", "ms", times["rollback"], "<= 10", "create to first command", plain),
         Figure("a child and its first command", "ms", times["child"], "<= 10", "create to first command", plain),
+        *(_of_copies(copies, forks.bare_forks(few, size), plain) if copies else ()),
+    ]
+
+
+def _of_copies(times: dict[str, list[float]], bare: list[float], plain: list[float]) -> list[Figure]:
+    """The rows of copied processes."""
+    fork = "os.fork of a Python with 100 MB"
+    return [
+        Figure("checkpoint of a Python with 100 MB", "ms", times["checkpoint"], "", fork, bare),
+        Figure("it is stopped", "ms", times["pause"], "", fork, bare),
+        Figure("a child of it until it answers", "ms", times["child"], "", fork, bare),
+        Figure("a command of the original meanwhile", "ms", times["meanwhile"], "", "create to first command", plain),
     ]
 
 

@@ -3,6 +3,7 @@ of an overlay by bare system calls."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import json
@@ -13,6 +14,7 @@ import tempfile
 import time
 
 from rock.sdk import Client, Sandbox
+from rock.sdk.sandbox.processes import Process
 
 _NEWNS, _PRIVATE, _DETACH = 0x20000, 1 << 18 | 16384, 2
 
@@ -26,7 +28,7 @@ async def snapshots(url: str, count: int) -> dict[str, list[float]]:
         for number in range(count + 1):
             await sandbox.run(f"echo {number} >&7")
             began = time.perf_counter()
-            taken = await sandbox.checkpoint()
+            taken = await sandbox.checkpoint(memory="session")
             found["checkpoint"].append((time.perf_counter() - began) * 1000)
             found["pause"].append(taken.paused_ms)
             if number % 20 == 19 or number == count:  # the layers of one sandbox are limited
@@ -47,6 +49,75 @@ async def snapshots(url: str, count: int) -> dict[str, list[float]]:
         for one in await client.list_snapshots():
             await client.delete_snapshot(one.snapshot_id)
     return {name: values[1:] or values for name, values in found.items()}
+
+
+_STATE = """import os, sys
+state = bytearray(int(sys.argv[1]) << 20)
+for place in range(0, len(state), 4096): state[place] = 1
+print("ready", flush=True)
+for line in sys.stdin: print(sum(state[::4096]), flush=True)"""
+_FORK = """import json, os, sys, time
+state = bytearray(int(sys.argv[1]) << 20)
+for place in range(0, len(state), 4096): state[place] = 1
+times = []
+for _ in range(int(sys.argv[2])):
+    began = time.perf_counter()
+    if not (pid := os.fork()): os._exit(0)
+    times.append((time.perf_counter() - began) * 1000)
+    os.waitpid(pid, 0)
+print(json.dumps(times))"""
+
+
+async def copies(url: str, count: int, megabytes: int) -> dict[str, list[float]]:
+    """Of a Python program with that much memory: milliseconds of a checkpoint with processes, of the pause in it, of a
+    child until the program in it answers, and of a command in the original while children start. Empty where processes
+    cannot be copied."""
+    found: dict[str, list[float]] = {"checkpoint": [], "pause": [], "child": [], "meanwhile": []}
+    async with Client(url) as client, Sandbox("host", memory="1g", cpus=1.0, base_url=url) as sandbox:
+        program = await sandbox.processes.start(["python3", "-u", "-c", _STATE, str(megabytes)])
+        await _line(program, 0)
+        await sandbox.run("true")
+        if (await sandbox.forkable()).memory != "processes":
+            return {}
+        for _ in range(count + 1):
+            began = time.perf_counter()
+            taken = await sandbox.checkpoint(memory="processes")
+            found["checkpoint"].append((time.perf_counter() - began) * 1000)
+            found["pause"].append(taken.paused_ms)
+        children: list[Sandbox] = []
+        for _ in range(count + 1):
+            child = Sandbox(snapshot=taken.snapshot_id, memory="1g", cpus=1.0, base_url=url)
+            began = time.perf_counter()
+            starting = asyncio.create_task(child.start())
+            await sandbox.run("true")
+            found["meanwhile"].append((time.perf_counter() - began) * 1000)
+            await starting
+            [copy] = await child.processes.list()
+            await copy.write_stdin("\n")
+            await _line(copy, 0)
+            found["child"].append((time.perf_counter() - began) * 1000)
+            children.append(child)
+        for child in children:
+            await child.stop()
+        for one in await client.list_snapshots():
+            await client.delete_snapshot(one.snapshot_id)
+    return {name: values[1:] or values for name, values in found.items()}
+
+
+async def _line(process: Process, offset: int) -> bytes:
+    """A line of the output of a background process."""
+    found = b""
+    while not found.endswith(b"\n"):
+        found += (await process.logs(offset=offset + len(found), wait=10)).data
+    return found
+
+
+def bare_forks(count: int, megabytes: int) -> list[float]:
+    """Milliseconds of os.fork in a Python program with that much memory."""
+    command = [sys.executable, "-I", "-c", _FORK, str(megabytes), str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found: list[float] = json.loads(done.stdout)
+    return found
 
 
 def overlay_commits(count: int) -> list[float]:

@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
-from rock.guest.init import adopting, files, process_tree, programs, syscalls, users
+from rock.guest.init import files, process_tree, programs, syscalls, users
 from rock.guest.init.freeze import Freeze
 from rock.guest.init.link import Connection, Fault, Loop, of_os_error, send_patiently
 from rock.guest.init.listening import Listening
@@ -298,7 +298,7 @@ class Init(Loop):
         self.answer(connection, number, {}, [])
 
     def do_adopt(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        adopting.adopt(self, connection, number, request)
+        self.answer(connection, number, *programs.adopt(self.programs, request["programs"]))
 
     def do_close_stream(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         """Close the held copy of one stream, so that the program sees end of file once the server closes its own

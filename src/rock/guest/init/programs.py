@@ -347,3 +347,46 @@ def _exec_fault(error: OSError, path: str) -> Fault:
     if error.errno == errno.E2BIG:
         return Fault("invalid_config", f"program {path!r}: arguments and environment are too long together")
     return of_os_error(error, f"program {path!r}")
+
+
+# ---- programs that pid 1 did not start: copies of those of another sandbox ----
+
+_NUMBERS = {"stdin": 0, "stdout": 1, "stderr": 2}
+_MOST_STREAMS = 64  # descriptors of one reply
+
+
+def adopt(known: dict[int, Program], specs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[int]]:
+    """Add programs to the known ones as kept ones, before they are there. Returns the reply with the keys and names of
+    their streams, and the ends of these streams for the programs.
+
+    specs: `pid`, `key`, and `streams`, whose values say whether the program reads ("r") or writes ("w").
+    """
+    made: list[tuple[Program, Streams]] = []
+    try:
+        for one in specs:
+            made.append(_adopted(known, one))
+        names = [[program.key, name] for program, streams in made for name in streams.ours]
+        if len(names) > _MOST_STREAMS:
+            raise Fault("quota_exceeded", f"the programs have {len(names)} streams, more than {_MOST_STREAMS}")
+    except BaseException:
+        for _, streams in made:
+            streams.close()
+        raise
+    fds = []
+    for program, streams in made:
+        program.held = dict(streams.ours)
+        known[program.pid] = program
+        theirs = [streams.theirs[_NUMBERS[name] if name in _NUMBERS else int(name)] for name in streams.ours]
+        for fd in set(streams.theirs.values()) - set(theirs):  # /dev/null
+            os.close(fd)
+        fds += theirs
+    return {"streams": names}, fds
+
+
+def _adopted(known: dict[int, Program], spec: dict[str, Any]) -> tuple[Program, Streams]:
+    pid, key, wanted = int(spec["pid"]), str(spec["key"]), dict(spec["streams"])
+    if pid in known or any(program.key == key for program in known.values()):
+        raise Fault("conflict", f"a program with the key {key!r} exists already")
+    standard = {name: "pipe" if name in wanted else "null" for name in _NUMBERS}
+    channels = {name: way for name, way in wanted.items() if name not in _NUMBERS}
+    return Program(pid, key, True, False), Streams({**standard, "channels": channels}, None)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from rock.runtime.namespace.slots import Sandbox, Slots
 
 _STREAMS = "streams"
 _ATTEMPTS = 2
+_OVERHEAD = 8 << 20  # bytes of a template itself
+_MOST = 32  # templates
 _PAUSES = (0.003, 0.01, 0.03, 0.1)  # seconds before a look is repeated, such as while a process receives a signal
 
 
@@ -33,6 +35,7 @@ class Copies:
         self._slots = slots
         self.memory = memory
         self._held: OrderedDict[str, int] = OrderedDict()  # bytes by snapshot
+        self._starting: Counter[str] = Counter()  # starts in progress, by snapshot
 
     def refused(self) -> str:
         """The reason why this server copies no processes, or ""."""
@@ -46,16 +49,17 @@ class Copies:
 
     # ---- take ----
 
-    async def take(self, sandbox: Sandbox, spec: dict[str, Any], link: InitLink, snapshot_id: str, *,
+    async def take(self, sandbox: Sandbox, spec: dict[str, Any], link: InitLink, snapshot_id: str, space: int, *,
                    dry: bool = False) -> dict[str, Any]:
-        """The launcher's reply to a switch with processes. dry: only the reasons against it. Ended."""
+        """The launcher's reply to a switch with processes. space: bytes that are left on the disk. dry: only the
+        reasons against it. Ended."""
         name = f"look {snapshot_id}" if dry else snapshot_id
         for pause in (*_PAUSES, None):
             hello, _ = await link.request("hello")
             await faults.point("namespace.processes.known")
             reply = await self._slots.launcher.request("take", {
-                **spec, "pid": sandbox.pid, "start": sandbox.start, "snapshot": name, "dry": dry, "most": self.memory,
-                "programs": hello["programs"]})  # fmt: skip
+                **spec, "pid": sandbox.pid, "start": sandbox.start, "snapshot": name, "dry": dry,
+                "most": min(self.memory, space), "programs": hello["programs"]})  # fmt: skip
             if not reply.get("passing") or pause is None:
                 break
             await asyncio.sleep(pause)
@@ -65,10 +69,11 @@ class Copies:
         return reply
 
     def _hold(self, snapshot_id: str, size: int) -> None:
-        self._held[snapshot_id] = size
+        self._held[snapshot_id] = size + _OVERHEAD
         self._held.move_to_end(snapshot_id)
-        while sum(self._held.values()) > self.memory and len(self._held) > 1:
-            self.forget(next(iter(self._held)))
+        idle = [one for one in self._held if one != snapshot_id and not self._starting[one]]
+        while idle and (sum(self._held.values()) > self.memory or len(self._held) > _MOST):
+            self.forget(idle.pop(0))
 
     def forget(self, snapshot_id: str) -> None:
         """End the template of a snapshot. Idempotent."""
@@ -83,6 +88,7 @@ class Copies:
         link = sandbox.link
         assert link is not None
         reply, fds = await link.request("adopt", {"programs": programs})
+        self._starting[snapshot_id] += 1
         try:
             await faults.point("namespace.processes.adopted")
             self._hold(snapshot_id, size)
@@ -93,6 +99,8 @@ class Copies:
                 if done.get("errno") != errno.ECHILD:  # else the template was killed, and what it had begun
                     break
         finally:
+            self._starting[snapshot_id] -= 1
+            self._starting += Counter()  # without zeros
             for fd in fds:
                 with contextlib.suppress(OSError):
                     os.close(fd)

@@ -15,8 +15,6 @@ from rock.guest.init import native
 from rock.runtime.namespace.launcher import seccomp
 from rock.runtime.namespace.limits import cgroups, disk_layout
 
-_PATIENCE = 20.0  # seconds for a copied shell
-
 _TRY = """
 import os, sys, types
 package = types.ModuleType("rock")
@@ -231,45 +229,12 @@ def _gvisor(base: Path) -> Finding:
     return Finding("gvisor", True, f'{path}; isolation="gvisor" works')
 
 
-async def _fork(folder: Path) -> str:
-    """The reason why running processes cannot be copied, found by a fork of a shell; "" if they can."""
-    from rock.images.store import ImageStore
-    from rock.protocol.sandbox import SandboxConfig
-    from rock.runtime.base import Program
-    from rock.runtime.namespace.runtime import NamespaceRuntime
-
-    runtime = NamespaceRuntime(folder / "run", 0, ImageStore(folder / "images"))
-    await runtime.open()
-    handles = []
-    config = SandboxConfig(image="host", memory="64m", cpus=0.5)
-    try:
-        handles.append(await runtime.create("original", config))
-        program = Program(["/bin/sh", "-c", "x=5; read line; echo $x$line"], stdin="pipe", key="probe", keep=True)
-        await runtime.spawn(handles[0], program)
-        await runtime.checkpoint(handles[0], "0" * 32, "switch", processes=True)
-        handles.append(await runtime.create("child", config.model_copy(update={"snapshot": "0" * 32})))
-        copy = await runtime.attach(handles[1], "probe")
-        assert copy.stdin is not None and copy.stdout is not None
-        os.write(copy.stdin, b"6\n")
-        async with asyncio.timeout(_PATIENCE):
-            await copy.wait()
-        return "" if os.read(copy.stdout, 10) == b"56\n" else "the copy of a shell does not continue"
-    finally:
-        for handle in handles:
-            await runtime.destroy(handle)
-        await runtime.drop_snapshot("0" * 32)
-        await runtime.close()
-
-
 def _forks(base: Path) -> Finding:
-    """What a fork of a running sandbox copies here."""
-    from rock.errors import RockError
+    """What a fork of a running sandbox copies here, by such a fork."""
+    from rock.runtime.namespace import fork_probe
 
-    try:
-        with tempfile.TemporaryDirectory(dir=base, prefix="rock-probe-", ignore_cleanup_errors=True) as folder:
-            reason = asyncio.run(_fork(Path(folder)))
-    except (RockError, OSError, TimeoutError) as error:
-        reason = str(error) or repr(error)
+    with tempfile.TemporaryDirectory(dir=base, prefix="rock-probe-", ignore_cleanup_errors=True) as folder:
+        reason = asyncio.run(fork_probe.why_not(Path(folder)))
     if reason:
         return Finding("forks", None, f"files and sessions; no processes: {reason}")
     return Finding("forks", True, "files, sessions and processes")

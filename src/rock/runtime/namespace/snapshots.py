@@ -37,6 +37,7 @@ from rock.runtime.namespace import records, retained
 from rock.runtime.namespace.copies import Copies, refused
 from rock.runtime.namespace.launcher import switch
 from rock.runtime.namespace.limits import disk_layout
+from rock.runtime.namespace.processes import state
 from rock.runtime.namespace.slots import Sandbox, Slots
 
 log = logging.getLogger(__name__)
@@ -320,13 +321,12 @@ class Snapshots:
             self._refuse(handle, self.layers(sandbox.slot))
         except errors.Unsupported as error:
             return [error.message]
-        reply = await self.copies.take(sandbox, spec, link, sandbox.slot, dry=True)
+        reply = await self.copies.take(sandbox, spec, link, sandbox.slot, self._space(), dry=True)
         return [str(reason) for reason in reply.get("refused", [reply.get("error")])]
 
     def _make(self, folder: str) -> None:
         """Create the folder of a layer. OSError, also when little space is left, which running sandboxes need."""
-        info = os.statvfs(self._slots.run_dir)
-        if info.f_bavail < max(info.f_blocks // 100, _RESERVE // info.f_frsize):
+        if self._space() <= 0:
             raise OSError(errno.ENOSPC, "less than 1 % of the disk, or 512 MiB, is left")
         if not self._folder.exists():
             self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -334,6 +334,11 @@ class Snapshots:
         if os.path.lexists(folder):  # it could not be removed before
             remove_tree(folder)
         os.mkdir(folder, 0o700)
+
+    def _space(self) -> int:
+        """Bytes of the disk that snapshots may use."""
+        info = os.statvfs(self._slots.run_dir)
+        return (info.f_bavail - max(info.f_blocks // 100, _RESERVE // info.f_frsize)) * info.f_frsize
 
     def _refuse(self, handle: Handle, layers: Sequence[str]) -> None:
         if "disk" in handle.data:
@@ -353,7 +358,7 @@ class Snapshots:
             if link is None:
                 reply = await self._slots.launcher.request("switch", spec)
             else:
-                reply = await self.copies.take(sandbox, spec, link, os.path.basename(folder))
+                reply = await self.copies.take(sandbox, spec, link, os.path.basename(folder), self._space())
         except errors.RockError:  # the launcher ended in the middle: as after a crash of the server
             await asyncio.to_thread(self._settle, sandbox.slot)
             found = records.read(self._slots.run_dir, sandbox.slot).get("snapshots", [])
@@ -416,8 +421,9 @@ class Snapshots:
         self.copies.forget(snapshot_id)
         if self._known.pop(snapshot_id, None) is None:
             return True
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.folder(snapshot_id)}/record.json")
+        for file in ("record.json", state.STATE, state.PAGES):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.folder(snapshot_id)}/{file}")
         lease = self._leases.pop(snapshot_id, None)
         if lease is not None:
             lease.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -93,7 +94,12 @@ def own_pages(pid: int) -> list[Range]:
             argument = bytearray(struct.pack(
                 "=12Q", 96, 0, start, HIGHEST, 0, ctypes.addressof(regions), _REGIONS, 0, _FILE | _ZERO, _FILE | _ZERO,
                 _PRESENT | _SWAPPED, _PRESENT | _SWAPPED))  # fmt: skip
-            count = fcntl.ioctl(fd, _SCAN, argument)
+            try:
+                count = fcntl.ioctl(fd, _SCAN, argument)
+            except OSError as error:
+                if error.errno == errno.ENOTTY:
+                    raise OSError(errno.ENOSYS, "Linux 6.7 or newer is needed, for PAGEMAP_SCAN") from None
+                raise
             for first, last, _ in struct.iter_unpack("=3Q", regions.raw[: 24 * count]):
                 if found and found[-1][1] == first:
                     found[-1] = found[-1][0], last

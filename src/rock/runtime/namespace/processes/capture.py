@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rock.runtime.namespace.launcher import process_files, ptrace, syscall_list
 from rock.runtime.namespace.processes import address_space, inventory, state
@@ -26,6 +26,7 @@ _PR = {"death_signal": 2, "dumpable": 3, "securebits": 27, "subreaper": 37, "tid
 _BY_ADDRESS = ("death_signal", "subreaper", "tid_address")
 _TIMERS = (0, 1, 2)
 _BATCH = 512  # ranges of one process_vm_readv
+_PORTION = 64 << 20  # bytes of one
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
 _readv.restype = ctypes.c_ssize_t
@@ -71,7 +72,7 @@ def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str,
         for one in found.processes:
             processes.append(_process(one, found, pages.runs[one.outside]))
             check()
-        pages.read()
+        pages.read(check)
     except BaseException:
         pages.close()
         raise
@@ -242,15 +243,16 @@ class Pages:
             if whole:
                 self.size += mapping.size
 
-    def read(self) -> None:
-        """Copy the pages from the stopped processes. OSError."""
+    def read(self, check: Callable[[], None]) -> None:
+        """Copy the pages from the stopped processes. check: called after each portion. OSError."""
         for pid, runs in self.runs.items():
             hidden = self._hidden[pid]
-            plain = [run for run in runs if not _touches(run, hidden)]
-            for index in range(0, len(plain), _BATCH):
-                self._read(pid, plain[index : index + _BATCH])
-            if len(plain) != len(runs):
-                self._read_hidden(pid, [run for run in runs if _touches(run, hidden)])
+            plain = [part for run in runs if not _touches(run, hidden) for part in _parts(run)]
+            for batch in _batches(plain):
+                self._read(pid, batch)
+                check()
+            self._read_hidden(pid, [part for run in runs if _touches(run, hidden) for part in _parts(run)])
+            check()
 
     def _read(self, pid: int, runs: Sequence[state.Run]) -> None:
         base = self.memory.address
@@ -267,6 +269,8 @@ class Pages:
 
     def _read_hidden(self, pid: int, runs: Sequence[state.Run]) -> None:
         """Pages of mappings without permission to read."""
+        if not runs:
+            return
         fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for run in runs:
@@ -278,6 +282,25 @@ class Pages:
 
     def close(self) -> None:
         self.memory.close()
+
+
+def _parts(run: state.Run) -> Iterator[state.Run]:
+    """Portions of a run: one call of the kernel copies at most 2 GiB."""
+    for start in range(run.start, run.end, _PORTION):
+        yield state.Run(start, min(run.end, start + _PORTION), run.place + start - run.start)
+
+
+def _batches(runs: Sequence[state.Run]) -> Iterator[list[state.Run]]:
+    """Runs that are read by one call."""
+    batch, size = list[state.Run](), 0
+    for run in runs:
+        if batch and (len(batch) >= _BATCH or size + run.end - run.start > _PORTION):
+            yield batch
+            batch, size = [], 0
+        batch.append(run)
+        size += run.end - run.start
+    if batch:
+        yield batch
 
 
 def _unreadable(one: Found) -> list[Range]:

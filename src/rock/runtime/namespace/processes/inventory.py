@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rock.host import folders
-from rock.runtime.namespace.launcher import process_files
+from rock.runtime.namespace.launcher import child_setup, process_files
 from rock.runtime.namespace.processes import address_space, state
 from rock.runtime.namespace.processes.address_space import Mapping
 from rock.runtime.namespace.processes.state import Description
+from rock.runtime.namespace.processes.unix_sockets import UnixSockets
 
 MOST_PROCESSES = 64
 _MOST_DESCRIPTORS = 2000
 _MOST_PIPE = 1 << 20  # bytes
-_KCMP, _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS = 312, 0, 1, 2, 3
-_CAPABILITIES = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 10, 18))  # of child_setup.CAPABILITIES
+_KCMP, _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL = 312, 0, 1, 2, 3, 7
 _MEMORY_FIELDS = (26, 27, 45, 46, 47, 0, 28, 48, 49, 50, 51)  # of /proc/PID/stat, in the order of prctl_mm_map
 _DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _NOT_FILES = {"proc", "sysfs", "tmpfs", "devpts", "devtmpfs", "cgroup", "cgroup2", "mqueue"}
@@ -71,6 +71,7 @@ class Inventory:
         self._known: dict[tuple[str, int], list[tuple[int, int, int]]] = {}  # by link and flags: pid, number, index
         self._pipes: dict[str, int] = {}
         self._streams_of: dict[int, tuple[str, str]] = {}  # key and name by pipe
+        self._sockets: dict[int, tuple[int, str]] = {}  # index of the description, and its name, by inode
         self._root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -88,6 +89,7 @@ class Inventory:
         self._shared()
         self._groups()
         self._ended()
+        self._pairs()
         return [one for one in found if one.pid in {each.pid for each in self.processes}]
 
     def _look(self, pid: int, roots: set[int]) -> None:
@@ -197,10 +199,13 @@ class Inventory:
                     problems.append(f"has {made} open (descriptor {number})")
                     continue
                 index = len(self.descriptions)
+                if made.kind == "socket":
+                    label = f"{process_files.label(pid)} has a socket open (descriptor {number})"
+                    self._sockets[int(target[8:-1])] = index, label
                 self.descriptions.append(made)
                 known.append((pid, number, index))
-            elif self.descriptions[index].kind == "file" and pid not in {other for other, _, i in known if i == index} \
-                    and not _is_position_free(self.descriptions[index]):
+            elif pid not in {other for other, _, i in known if i == index} \
+                    and not _can_be_shared(self.descriptions[index]):
                 problems.append(f"shares the open file {target[:200]!r} with another process (descriptor {number})")
             self.descriptors[pid].append((number, index, cloexec))
         return problems
@@ -214,9 +219,12 @@ class Inventory:
         if target == "anon_inode:[eventfd]":
             return Description("event", flags | (1 if info.get("eventfd-semaphore") == "1" else 0),
                                value=int(info["eventfd-count"], 16))  # fmt: skip
+        if target == "anon_inode:[eventpoll]":
+            return _epoll(pid, int(link.rpartition("/")[2]), flags)
+        if target.startswith("socket:"):
+            return Description("socket", flags)
         if not target.startswith("/"):
-            kind = target.split(":")[0] if target.startswith("socket:") else target
-            return f"a {kind}" if kind == "socket" else f"{kind[:100]!r}"
+            return f"{target[:100]!r}"
         found = os.stat(link)
         if stat.S_ISCHR(found.st_mode):
             if (os.major(found.st_rdev), os.minor(found.st_rdev)) not in _DEVICES:
@@ -253,6 +261,29 @@ class Inventory:
             return Description("stream", flags, stream=stream, pipe=(index, reads))
         return Description("pipe", flags, pipe=(index, reads))
 
+    def _pairs(self) -> None:
+        """Unix sockets have to be pairs of which the processes have both ends."""
+        if not self._sockets:
+            return
+        sockets = UnixSockets(self._first)
+        try:
+            found = {inode: sockets.get(inode) for inode in self._sockets}
+        finally:
+            sockets.close()
+        for inode, (index, name) in self._sockets.items():
+            one = found[inode]
+            if one is None or one.peer not in found:
+                self.problems.append(f"{name}, which is not one end of a pair of these processes")
+            elif one.waiting:
+                self.problems.append(f"{name}, which has unread data")
+            else:
+                first = min(inode, one.peer)
+                pair = self._pipes.setdefault(f"pair:{first}", len(self.pipes))
+                if pair == len(self.pipes):
+                    self.pipes.append(state.Pipe(0, b""))
+                made = self.descriptions[index]._replace(pipe=(pair, inode == first), value=one.kind)
+                self.descriptions[index] = made
+
     def _groups(self) -> None:
         """Sessions and process groups have to be those that a start in the order of the tree gives."""
         known = {one.pid: one for one in self.processes}
@@ -287,10 +318,11 @@ def _of_process(status: Dictionary[str, str], fields: Sequence[str], pid: int) -
     problems = []
     if status.get("Threads") != "1":
         problems.append(f"has {status.get('Threads')} threads")
-    if status.get("NoNewPrivs") != "1" or status.get("Seccomp_filters", "1") != "1":
+    own = int(process_files.status(os.getpid()).get("Seccomp_filters", "0"))  # of a container, which a copy has too
+    if status.get("NoNewPrivs") != "1" or status.get("Seccomp_filters") != str(own + 1):
         problems.append("has a system call filter of its own")
     inheritable, permitted, effective, bounding, ambient = capabilities(status)
-    if ambient or (inheritable | permitted | effective | bounding) & ~_CAPABILITIES:
+    if ambient or (inheritable | permitted | effective | bounding) & ~child_setup.CAPABILITIES:
         problems.append("has capabilities that programs of a sandbox do not have")
     with open(f"/proc/{pid}/timers", encoding="utf-8", errors="replace") as file:
         if file.read(1):
@@ -321,10 +353,32 @@ def _inside(pid: int) -> int:
     return int(process_files.status(pid)["NSpid"].split()[-1])
 
 
-def _is_position_free(one: Description) -> bool:
-    """Whether processes can share it without sharing a position: only appended to, O_PATH, or a device."""
+def _can_be_shared(one: Description) -> bool:
+    """Whether processes can share it. A file that each opens again must have no position: only appended to, O_PATH, or
+    a device."""
+    if one.kind not in ("file", "epoll"):
+        return True
     appended = os.O_WRONLY | os.O_APPEND
     return bool(one.flags & os.O_PATH) or one.flags & appended == appended or one.path in ("/dev/null", "/dev/zero")
+
+
+def _epoll(pid: int, number: int, flags: int) -> Description | str:
+    """An epoll instance, with the descriptors that it watches."""
+    watched = []
+    with open(f"/proc/{pid}/fdinfo/{number}", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if not line.startswith("tfd:"):
+                continue
+            fields = line.replace(":", " ").split()
+            target, events, data = int(fields[1]), int(fields[3], 16), int(fields[5], 16)
+            slot = ctypes.create_string_buffer(struct.pack("=III", number, target, 0), 12)
+            if not os.path.lexists(f"/proc/{pid}/fd/{target}") \
+                    or not _kcmp(pid, pid, _KCMP_EPOLL, target, ctypes.addressof(slot)):
+                return "an epoll instance that watches a file that has no descriptor"
+            watched.append((target, events, data))
+    if len({target for target, _, _ in watched}) != len(watched):
+        return "an epoll instance that watches a descriptor twice"
+    return Description("epoll", flags, watched=watched)
 
 
 def _unread(link: str) -> state.Pipe:

@@ -24,9 +24,9 @@ from typing import NamedTuple
 from rock.runtime.namespace.launcher import ptrace
 from rock.runtime.namespace.processes import address_space, capture
 from rock.runtime.namespace.processes.address_space import PAGE, Mapping
-from rock.runtime.namespace.processes.birth import Born, Failed
 from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
-from rock.runtime.namespace.processes.state import Process, Run, Tree, is_parked
+from rock.runtime.namespace.processes.starting import Failed, Waiting
+from rock.runtime.namespace.processes.state import Description, Process, Run, Tree, is_parked
 
 # mov rax and the six arguments from [r12]; syscall; store rax; next row; stop at an error, or after r13 rows
 _LOOP = bytes.fromhex("498b0424 498b7c2408 498b742410 498b542418 4d8b542420 4d8b442428 4d8b4c2430 0f05 4989442438"
@@ -36,6 +36,7 @@ _UNWRITTEN = 1 << 40
 _PRIVATE, _SHARED, _FIXED, _ANONYMOUS, _GROWS, _STACK, _NORESERVE = 2, 1, 0x10, 0x20, 0x100, 0x20000, 0x4000
 _MOVE = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
 _AT_FDCWD = -100
+_EPOLL_ADD = 1
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_NAME, _PR_CAPBSET_DROP = 1, 4, 8, 15, 24
 _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
@@ -124,19 +125,19 @@ class Places(NamedTuple):
     limits: Sequence[tuple[int, int]]
 
 
-def plan(born: Born, tree: Tree, places: Places) -> Table:
+def plan(waiting: Waiting, tree: Tree, places: Places) -> Table:
     """The table of a process. Failed."""
-    one, table = born.process, Table(places.memory.room)
+    one, table = waiting.process, Table(places.memory.room)
     if places.rseq[1]:
         table.call("rseq", places.rseq[0], places.rseq[1], _RSEQ_UNREGISTER, places.rseq[3])
-    table.call("close_range", 0, born.lowest - 1, 0)
+    table.call("close_range", 0, waiting.lowest - 1, 0)
     if one.group != one.pid:
         table.call("setpgid", 0, one.group)
     _clear(table, one, places)
     _map(table, one, places)
     _memory_fields(table, one)
     _identity(table, one)
-    _files(table, born, tree)
+    _files(table, waiting, tree)
     _signals(table, one)
     _rest(table, one, places)
     return table
@@ -235,23 +236,28 @@ def _last_capability() -> int:
         return min(_CAP_LAST, int(file.read()))
 
 
-def _files(table: Table, born: Born, tree: Tree) -> None:
+def _files(table: Table, waiting: Waiting, tree: Tree) -> None:
     """Working directory and descriptors, in the order of their numbers. An open returns the lowest unused number."""
-    one = born.process
+    one = waiting.process
     table.call("chdir", table.path(one.folder))
     used: set[int] = set()
     known: dict[int, int] = {}
+    watching: list[tuple[int, Description]] = []
     lowest = 0
     for number, index, cloexec in one.descriptors:
         description = tree.descriptions[index]
         if index in known:
             table.call("dup3", known[index], number, cloexec)
-        elif index in born.handed:
-            table.call("dup3", born.handed[index], number, cloexec)
+        elif index in waiting.handed:
+            table.call("dup3", waiting.handed[index], number, cloexec)
         else:
             while lowest in used:
                 lowest += 1
-            table.call("openat", _AT_FDCWD, table.path(description.path), description.flags | cloexec)
+            if description.kind == "epoll":
+                table.call("epoll_create1", cloexec)
+                watching.append((number, description))
+            else:
+                table.call("openat", _AT_FDCWD, table.path(description.path), description.flags | cloexec)
             if description.offset and not description.flags & os.O_PATH:
                 table.call("lseek", lowest, description.offset, os.SEEK_SET)
             if lowest != number:
@@ -259,7 +265,11 @@ def _files(table: Table, born: Born, tree: Tree) -> None:
                 table.call("close", lowest)
         known.setdefault(index, number)
         used.add(number)
-    table.call("close_range", born.lowest, 0xFFFFFFFF, 0)
+    for number, description in watching:
+        for target, events, data in description.watched:
+            event = struct.pack("=IQ", events & 0xFFFFFFFF, data)
+            table.call("epoll_ctl", number, _EPOLL_ADD, target, table.put(event))
+    table.call("close_range", waiting.lowest, 0xFFFFFFFF, 0)
 
 
 def _signals(table: Table, one: Process) -> None:
@@ -312,10 +322,10 @@ def _rest(table: Table, one: Process, places: Places) -> None:
 class Rebuilt:
     """A stopped process that is made into the copy of another one. `go` lets it run; `close` kills it before."""
 
-    def __init__(self, born: Born) -> None:
+    def __init__(self, waiting: Waiting) -> None:
         """OSError, Failed."""
-        self._born = born
-        self.pid = born.outside
+        self._waiting = waiting
+        self.pid = waiting.outside
         self._memory = -1
         ptrace.call(_SEIZE, self.pid, 0, _EXITKILL)
         ptrace.call(_INTERRUPT, self.pid)
@@ -328,10 +338,10 @@ class Rebuilt:
         """program: the system call filter. first: pid 1 of its sandbox. OSError, Failed: then it has to be closed."""
         own = [each for each in address_space.mappings(self.pid) if each.is_special]
         places = Places(own, memory, capture.rseq_of(self.pid), program, capture.limits(first))
-        table = plan(self._born, tree, places)
+        table = plan(self._waiting, tree, places)
         table.write(self._memory)
         self._execute(table, memory.room)
-        one = self._born.process
+        one = self._waiting.process
         for run in one.runs:
             if (mapping := one.mappings[_mapping_of(one, run.start)]).is_file or not is_parked(mapping):
                 _write(self._memory, memory.view(run.place, run.end - run.start), run.start)
@@ -350,7 +360,7 @@ class Rebuilt:
 
     def _finish(self, memory: Reserved) -> None:
         """Release the room, and set the state of the processor."""
-        one = self._born.process
+        one = self._waiting.process
         code = next(each for each in one.mappings if each.name == "[vdso]")
         at = os.pread(self._memory, code.size, code.start).find(b"\x0f\x05")
         if at < 0:

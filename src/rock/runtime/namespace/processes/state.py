@@ -37,9 +37,10 @@ class Run(NamedTuple):
 class Description(NamedTuple):
     """An open file description.
 
-    kind: "file" (reopened by path), "stream" (a pipe to pid 1), "pipe", "event" or "socket" (one end of a pair).
-    stream: the key of a program and the name of its stream. pipe: the index of the pipe or pair, and for a pipe
-    whether this end reads. value: of an event.
+    kind: "file" (opened again by its path), "stream" (a pipe to pid 1), "pipe", "event", "socket" (one end of a pair)
+    or "epoll". stream: the key of a program and the name of its stream. pipe: the index of the pipe or pair, and
+    whether this end reads, or is the first of the pair. value: the counter of an event, or the type of a socket.
+    watched: by an epoll instance: descriptor, events, data.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Description(NamedTuple):
     stream: tuple[str, str] = ("", "")
     pipe: tuple[int, bool] = (-1, False)
     value: int = 0
+    watched: Sequence[tuple[int, int, int]] = ()
 
 
 class Pipe(NamedTuple):

@@ -22,7 +22,7 @@ from typing import Any
 
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import kernel, ptrace, seccomp, switch
-from rock.runtime.namespace.processes import birth, capture, rebuild, state
+from rock.runtime.namespace.processes import capture, rebuild, starting, state
 from rock.runtime.namespace.processes.address_space import TooMany
 from rock.runtime.namespace.processes.capture import Reserved
 
@@ -78,7 +78,7 @@ class Template:
             return {"refused": [str(reason) for reason in error.args], "passing": error.passing}
         except (capture.TooLarge, TooMany) as error:
             return {"refused": [str(error)]}
-        except (birth.Failed, state.Damaged) as error:
+        except (starting.Failed, state.Damaged) as error:
             return {"error": str(error), "errno": 0}
         except OSError as error:
             return {"error": str(error), "errno": error.errno or 0}
@@ -129,25 +129,25 @@ class Template:
         """Start copies in a sandbox. fds: the ends of the streams of `streams`, each a key and a name."""
         tree, memory = self._tree, self._memory
         assert tree is not None and memory is not None
-        target = birth.Target(int(request["pid"]), int(request["start"]), list(request["cgroups"]))
+        target = starting.Target(int(request["pid"]), int(request["start"]), list(request["cgroups"]))
         streams = {(str(key), str(name)): fd for (key, name), fd in zip(request["streams"], fds, strict=True)}
         began = time.monotonic()
         made: list[rebuild.Rebuilt] = []
-        born: list[birth.Born] = []
+        waiting: list[starting.Waiting] = []
         reading, writing = os.pipe2(os.O_CLOEXEC)
         descriptors = Descriptors(tree)
         try:
             descriptors.make(streams)
-            born = birth.start(tree, target, descriptors.found, reading, memory.address)
-            for one in born:
+            waiting = starting.start(tree, target, descriptors.found, reading, memory.address)
+            for one in waiting:
                 made.append(rebuild.Rebuilt(one))
             for each in made:
                 each.build(tree, memory, self._filter, target.pid)
             for each in reversed(made):
                 each.go()
-            born = []
+            waiting = []
         finally:
-            for one in born:
+            for one in waiting:
                 with contextlib.suppress(OSError):
                     os.kill(one.outside, signal.SIGKILL)
             for each in made:
@@ -180,7 +180,7 @@ class Descriptors:
         for index, one in enumerate(self._tree.descriptions):
             if one.kind == "stream":
                 if one.stream not in streams:
-                    raise birth.Failed(f"pid 1 has no stream {one.stream[1]} of {one.stream[0]!r}")
+                    raise starting.Failed(f"pid 1 has no stream {one.stream[1]} of {one.stream[0]!r}")
                 self._add(index, self._opened(streams[one.stream], one.flags))
                 self._fill_stream(one.pipe, streams[one.stream], ends)
             elif one.kind == "pipe":
@@ -190,6 +190,13 @@ class Descriptors:
                     ends[one.pipe[0], True], ends[one.pipe[0], False] = reading, writing
                     self._fill(one.pipe[0], writing)
                 self._add(index, self._opened(ends[one.pipe], one.flags))
+            elif one.kind == "socket":
+                if one.pipe not in ends:
+                    pair = socket.socketpair(socket.AF_UNIX, one.value)
+                    ends[one.pipe[0], True], ends[one.pipe[0], False] = (each.detach() for each in pair)
+                    self._own += [ends[one.pipe[0], True], ends[one.pipe[0], False]]
+                os.set_blocking(ends[one.pipe], not one.flags & os.O_NONBLOCK)
+                self._add(index, ends[one.pipe])
             elif one.kind == "event":
                 flags = os.EFD_CLOEXEC | (one.flags & os.O_NONBLOCK) | (one.flags & _EVENT_SEMAPHORE)
                 fd = os.eventfd(0, flags)
@@ -225,7 +232,7 @@ class Descriptors:
         if pipe.content:
             os.set_blocking(writing, False)
             if os.write(writing, pipe.content) != len(pipe.content):
-                raise birth.Failed("the content of a pipe does not fit")
+                raise starting.Failed("the content of a pipe does not fit")
 
     def close(self) -> None:
         for fd in self._own:

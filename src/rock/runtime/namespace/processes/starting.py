@@ -49,7 +49,7 @@ class Target(NamedTuple):
     cgroups: Sequence[str]
 
 
-class Born(NamedTuple):
+class Waiting(NamedTuple):
     """A waiting process. handed: the descriptors that it has for descriptions, by index. outside: its number here."""
 
     process: Process
@@ -71,7 +71,7 @@ def clone(pid: int) -> int:
 
 
 def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int,
-          memory: int) -> list[Born]:
+          memory: int) -> list[Waiting]:
     """Start the processes of a tree. memory: the address of its pages in this process. descriptors: ours, by index of
     the description. gate: the reading end of a pipe; processes that are not rebuilt exit when its other end closes.
     Failed, OSError; nothing is left then."""
@@ -98,7 +98,7 @@ def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int,
         outside.update(_receive(ours, len(tree.processes)))
         _await_exit(entrant)
         handed = {index: lowest + place for place, index in enumerate(sorted(descriptors))}
-        return [Born(one, outside[one.pid], handed, lowest) for one in tree.processes]
+        return [Waiting(one, outside[one.pid], handed, lowest) for one in tree.processes]
     except BaseException:
         for pid in (*outside.values(), entrant):
             with contextlib.suppress(OSError):
