@@ -173,6 +173,21 @@ def test_what_was_handed_on_to_the_same_role_is_told(site: Site, free_port: Call
             assert one.process.wait(30) == 0, one.log()
 
 
+def test_protocols_of_other_systems_on_each_role(site: Site) -> None:
+    begin = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-06-18"}}
+    with Sandbox(site.config()) as sandbox:
+        for url in (site.writer.url, site.readers[0].url):
+            status, found = ask(url, "POST", "/mcp", begin, KEY)
+            assert status == 200 and b'"protocolVersion":"2025-06-18"' in found
+            status, found = ask(url, "POST", "/agentscope/get_status", {"identity": sandbox.sandbox_id}, KEY)
+            assert status == 404 and b"no training set" in found
+            assert ask(url, "GET", "/openenv/game:Sokoban-v0-easy/schema", None, KEY)[0] == 200
+        path, command = f"/swerex/{sandbox.sandbox_id}/execute", {"command": ["echo", "rex"]}
+        status, found = ask(site.readers[0].url, "POST", path, command, KEY)
+        assert status == 200 and b'"stdout":"rex\\n"' in found
+        assert ask(site.writer.url, "POST", path, command, KEY)[0] == 421  # it has no reader
+
+
 def test_of_several_urls_the_next_is_asked(site: Site) -> None:
     with Sandbox(site.config(base_url=f"{DEAD},{site.writer.url};{DEAD},{site.readers[0].url}")) as sandbox:
         assert sandbox.execute("echo here").stdout == "here\n"
@@ -196,6 +211,8 @@ def test_which_role_a_request_is_for() -> None:
         ("POST", f"{V1}/sandboxes/x/proxy/restart", "read"), ("POST", f"{V1}/run_in_session", "read"),
         ("POST", f"{V1}/sandboxes/batch", None), ("GET", f"{V1}/get_status", None),
         ("POST", "/apis/v1/envs/gem/make", "write"), ("POST", "/apis/v1/envs/gem/step", "read"),
+        ("POST", "/mcp", "write"), ("GET", "/openenv/x/ws", "write"), ("POST", "/agentscope/release", "write"),
+        ("POST", "/swerex/x/execute", "read"), ("GET", "/swerex/x/is_alive", "read"),
     ):  # fmt: skip
         assert role_for(method, path) == role, (method, path)
 

@@ -34,7 +34,7 @@ from rock.dialects.mcp.messages import (
 from rock.dialects.mcp.protocol import initialized, result_of
 from rock.dialects.mcp.sessions import Sessions, session_of
 from rock.errors import InvalidConfig, NotFound, RockError
-from rock.http.asgi import Answer, App, Request, Router
+from rock.http.asgi import Answer, App, Found, Request, Router
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.route import Route
 
@@ -48,9 +48,14 @@ class McpEndpoint:
     def __init__(self, api: App) -> None:
         self._api = api
         self._sessions = Sessions()
-        self.router = Router("mcp")
+        self._router = Router("mcp")
         for method, handler in (("POST", self.post), ("DELETE", self.delete), ("GET", self.get)):
-            self.router.add(Route(f"mcp_{method.lower()}", method, PATH, "control", "MCP", access=Access.READ), handler)
+            row = Route(f"mcp_{method.lower()}", method, PATH, "control", "MCP", access=Access.READ)
+            self._router.add(row, handler)
+
+    def match(self, method: str, path: str) -> Found | None:
+        """The handler of a request."""
+        return self._router.match(method, path)
 
     async def get(self, request: Request) -> Answer:
         """There is no stream of messages of the server."""
