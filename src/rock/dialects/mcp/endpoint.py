@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from rock.dialects.api import LocalApi, api_of, limited_body
+from rock.dialects.api import api_of, lasting_api_of, limited_body
 from rock.dialects.mcp.context import Session, ToolContext
 from rock.dialects.mcp.messages import (
     HANDSHAKE,
@@ -65,7 +65,7 @@ class McpEndpoint:
         """End a session: its requests are canceled, and its own sandbox is stopped."""
         session = self._session(request)
         self._sessions.remove(session)
-        await session.close(LocalApi(self._api, caller_of(request.scope)))
+        await session.close(lasting_api_of(self._api, request))
         return Answer(b"", 204)
 
     async def post(self, request: Request) -> Answer:
