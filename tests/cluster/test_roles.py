@@ -173,6 +173,20 @@ def test_what_was_handed_on_to_the_same_role_is_told(site: Site, free_port: Call
             assert one.process.wait(30) == 0, one.log()
 
 
+def test_protocols_of_other_systems_on_each_role(site: Site) -> None:
+    begin = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": "2025-06-18"}}
+    with Sandbox(site.config()) as sandbox:
+        execute, command = f"/swerex/{sandbox.sandbox_id}/execute", {"command": ["echo", "rex"]}
+        for method, path, body, status in (
+            ("POST", "/mcp", begin, 200), ("POST", "/agentscope/get_status", {"identity": sandbox.sandbox_id}, 404),
+            ("GET", "/openenv/game:Sokoban-v0-easy/schema", None, 200),
+        ):  # fmt: skip
+            assert ask(site.writer.url, method, path, body, KEY)[0] == status, path
+            assert ask(site.readers[0].url, method, path, body, KEY)[0] == 421, path
+        assert ask(site.readers[0].url, "POST", execute, command, KEY)[0] == 200
+        assert ask(site.writer.url, "POST", execute, command, KEY)[0] == 421
+
+
 def test_of_several_urls_the_next_is_asked(site: Site) -> None:
     with Sandbox(site.config(base_url=f"{DEAD},{site.writer.url};{DEAD},{site.readers[0].url}")) as sandbox:
         assert sandbox.execute("echo here").stdout == "here\n"
@@ -196,6 +210,8 @@ def test_which_role_a_request_is_for() -> None:
         ("POST", f"{V1}/sandboxes/x/proxy/restart", "read"), ("POST", f"{V1}/run_in_session", "read"),
         ("POST", f"{V1}/sandboxes/batch", None), ("GET", f"{V1}/get_status", None),
         ("POST", "/apis/v1/envs/gem/make", "write"), ("POST", "/apis/v1/envs/gem/step", "read"),
+        ("POST", "/mcp", "write"), ("GET", "/openenv/x/ws", "write"), ("POST", "/agentscope/release", "write"),
+        ("POST", "/swerex/x/execute", "read"), ("GET", "/swerex/x/is_alive", "read"),
     ):  # fmt: skip
         assert role_for(method, path) == role, (method, path)
 

@@ -20,7 +20,7 @@ from rock.admin.api.agentscope import PREFIX as TRAINING
 from rock.dialects import environments
 from rock.dialects.api import LocalApi, api_of, check_path, limited_body
 from rock.errors import InvalidConfig, NotFound, RockError, StartFailed, Unavailable, Unsupported
-from rock.http.asgi import Answer, App, Handler, Request, Router, answer, call, parsed
+from rock.http.asgi import Answer, App, Found, Handler, Request, Router, answer, call, parsed
 from rock.protocol.env import LEASED
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.route import Route
@@ -46,7 +46,7 @@ class AgentScopeEndpoint:
 
     def __init__(self, api: App) -> None:
         self._api = api
-        self.router = Router("agentscope")
+        self._router = Router("agentscope")
         for name, work, access in (
             ("create_from_pool", self._create, Access.CREATE), ("create", self._create, Access.CREATE),
             ("release", self._release, Access.CREATE), ("cleanup", self._cleanup, Access.CREATE),
@@ -60,10 +60,14 @@ class AgentScopeEndpoint:
         ):  # fmt: skip
             for path in (name, f"{name}_async"):
                 row = Route(f"agentscope_{path}", "POST", PREFIX + path, "control", "AgentScope", access=access)
-                self.router.add(row, self._handler(name, work))
+                self._router.add(row, self._handler(name, work))
         for path in ("health", "healthz"):
             row = Route(f"agentscope_{path}", "GET", PREFIX + path, "control", "AgentScope", access=Access.READ)
-            self.router.add(row, _healthy)
+            self._router.add(row, _healthy)
+
+    def match(self, method: str, path: str) -> Found | None:
+        """The handler of a request."""
+        return self._router.match(method, path)
 
     def _handler(self, name: str, work: Work) -> Handler:
         async def reply(request: Request) -> Answer:

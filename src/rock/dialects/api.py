@@ -40,12 +40,15 @@ class Api(Protocol):
 
 class LocalApi:
     """The native API of this process. client: the source of disconnect messages of the original request, once its body
-    was read; a request is canceled when the client disconnects."""
+    was read; a request is canceled when the client disconnects. address: of that client, for the audit log."""
 
-    def __init__(self, app: App, caller: Caller, client: Receive | None = None) -> None:
+    def __init__(
+        self, app: App, caller: Caller, client: Receive | None = None, address: tuple[str, int] | None = None
+    ) -> None:
         self._app = app
         self.caller = caller
         self._client = client
+        self._address = address
 
     async def bytes(
         self, route: str, body: Any = b"", *, query: Query | None = None, key: str | None = None, **path: str
@@ -56,6 +59,7 @@ class LocalApi:
         status, reply = await call(
             self._app, row.method, row.path.format(**path), body=data, query=urlencode(query) if query else "",
             headers={IDEMPOTENCY_KEY: key} if key else None, caller=self.caller, client=self._client,
+            address=self._address,
         )  # fmt: skip
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # the server converts a cancellation to a response
@@ -71,8 +75,13 @@ class LocalApi:
 
 
 def api_of(app: App, request: Request) -> LocalApi:
-    """The native API for the caller of a request whose body was read."""
-    return LocalApi(app, caller_of(request.scope), request.client)
+    """The native API for the caller of a request whose body was read; it ends with the request."""
+    return LocalApi(app, caller_of(request.scope), request.client, request.scope.get("client"))
+
+
+def lasting_api_of(app: App, request: Request) -> LocalApi:
+    """The native API for the caller of a request, also after its end."""
+    return LocalApi(app, caller_of(request.scope), address=request.scope.get("client"))
 
 
 def check_path(path: Mapping[str, str]) -> None:

@@ -394,12 +394,13 @@ async def call(
     headers: Mapping[str, str] | None = None,
     caller: Caller,
     client: Receive | None = None,
+    address: tuple[str, int] | None = None,
 ) -> tuple[int, bytes]:
     """(status, body) of one request to an ASGI application in this process.
 
     body: complete, or a stream. caller: the authenticated caller of the request. client: the source of disconnect
     messages (the `receive` of the original request, once its body was read); after a disconnect the call is canceled
-    and Disconnected is raised.
+    and Disconnected is raised. address: of the original client, for the audit log.
     """
     scope: dict[str, Any] = {
         "type": "http",
@@ -410,7 +411,7 @@ async def call(
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "scheme": "http",
-        "client": None,
+        "client": address,
         "server": None,
         "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
         CALLER: caller,

@@ -39,6 +39,7 @@ class System:
 
 SYSTEMS = {
     "mcp": System("MCP client (mcp)", ("mcp==2.3.0",)),
+    "mcp1": System("MCP client, release 1 (mcp)", ("mcp==1.30.0",)),
     "swerex": System("SWE-ReX (swe-rex)", ("swe-rex==1.4.0", "aiohttp")),
     "openenv": System("OpenEnv (openenv)", ("openenv==0.10.0",)),
     "agentscope": System("AgentScope (agentscope-runtime)", ("agentscope-runtime==1.1.6.post2",)),

@@ -12,3 +12,8 @@ import pytest
 @pytest.mark.parametrize("mode", ["legacy", "auto"])
 def test_the_released_client(run_script: Callable[..., Any], transport: str, mode: str) -> None:
     assert len(run_script("mcp", "mcp_client.py", transport, mode).checks) >= 12
+
+
+@pytest.mark.parametrize("transport", ["http", "stdio"])
+def test_the_client_of_release_1(run_script: Callable[..., Any], transport: str) -> None:
+    assert len(run_script("mcp1", "mcp1_client.py", transport).checks) >= 5

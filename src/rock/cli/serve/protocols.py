@@ -1,23 +1,36 @@
-"""MCP, OpenEnv, SWE-ReX and AgentScope, mounted beside the native API of a server."""
+"""MCP, OpenEnv, SWE-ReX and AgentScope, mounted beside the native API of a server.
+
+Each is imported by its first request, in a thread: together they would take a twentieth of the start.
+"""
 
 from __future__ import annotations
 
-from rock.dialects.agentscope import AgentScopeEndpoint
-from rock.dialects.mcp.endpoint import McpEndpoint
-from rock.dialects.openenv.endpoint import OpenEnvEndpoint
-from rock.dialects.swerex.endpoint import SwerexEndpoint
-from rock.http.asgi import App, Receive, Router, Scope, Send
+import asyncio
+from collections.abc import Callable
+from importlib import import_module
 
-_PREFIXES = ("/mcp", "/swerex/", "/openenv/", "/agentscope/")
+from rock.http.asgi import App, Found, Receive, Router, Scope, Send
+
+Match = Callable[[str, str], Found | None]
+
+# The module and the class of each path. A class is called with the application of the native API.
+_ENDPOINTS = {
+    "/mcp": "rock.dialects.mcp.endpoint:McpEndpoint",
+    "/openenv/": "rock.dialects.openenv.endpoint:OpenEnvEndpoint",
+    "/swerex/": "rock.dialects.swerex.endpoint:SwerexEndpoint",
+    "/agentscope/": "rock.dialects.agentscope:AgentScopeEndpoint",
+}
+_PREFIXES = tuple(_ENDPOINTS)
 
 
 class Protocols:
     """The routes of these dialects. api: the application that serves the native API."""
 
     def __init__(self, api: App) -> None:
-        self._router = Router("dialects")
-        self._matches = [McpEndpoint(api).router.match, SwerexEndpoint(api).router.match, OpenEnvEndpoint(api).match,
-                         AgentScopeEndpoint(api).router.match]  # fmt: skip
+        self._api = api
+        self._router = Router("protocols")
+        self._matches: dict[str, Match] = {}
+        self._lock = asyncio.Lock()
 
     def over(self, rest: App) -> App:
         """These routes, and `rest` for all other paths."""
@@ -25,10 +38,20 @@ class Protocols:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] in ("http", "websocket") and scope["path"].startswith(_PREFIXES):
                 method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
-                for match in self._matches:
-                    if (found := match(method, scope["path"])) is not None:
-                        await self._router.serve(found, scope, receive, send)
-                        return
+                found = (await self._match_of(scope["path"]))(method, scope["path"])
+                if found is not None:
+                    await self._router.serve(found, scope, receive, send)
+                    return
             await rest(scope, receive, send)
 
         return app
+
+    async def _match_of(self, path: str) -> Match:
+        prefix = next(name for name in _PREFIXES if path.startswith(name))
+        if prefix not in self._matches:
+            async with self._lock:
+                if prefix not in self._matches:
+                    module, _, name = _ENDPOINTS[prefix].partition(":")
+                    made = await asyncio.to_thread(import_module, module)
+                    self._matches[prefix] = getattr(made, name)(self._api).match
+        return self._matches[prefix]

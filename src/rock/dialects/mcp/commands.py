@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal
 
 from pydantic import Field
 
 from rock.dialects.mcp.context import ToolContext
 from rock.dialects.mcp.tools import OUTPUT, InSandbox, Result, Tool
-from rock.errors import InvalidConfig, NotFound
+from rock.errors import Conflict, InvalidConfig, NotFound
 from rock.protocol.action import SESSION_PATTERN
 from rock.protocol.keys import Access
 
@@ -71,7 +72,8 @@ async def run(context: ToolContext, given: Run) -> Result:
     except NotFound as error:
         if not error.message.startswith("session "):
             raise
-        await context.json("create_session", {"session": given.session}, given=given.sandbox_id)
+        with contextlib.suppress(Conflict):  # another call has created it
+            await context.json("create_session", {"session": given.session}, given=given.sandbox_id)
         seen = await context.json("run", body, given=given.sandbox_id, session=given.session)
     return _executed({**seen, "stdout": seen["output"], "stdout_dropped": seen["dropped_bytes"]})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from rock.dialects.api import LocalApi, api_of, limited_body
+from rock.dialects.api import api_of, lasting_api_of, limited_body
 from rock.dialects.mcp.context import Session, ToolContext
 from rock.dialects.mcp.messages import (
     HANDSHAKE,
@@ -34,7 +34,7 @@ from rock.dialects.mcp.messages import (
 from rock.dialects.mcp.protocol import initialized, result_of
 from rock.dialects.mcp.sessions import Sessions, session_of
 from rock.errors import InvalidConfig, NotFound, RockError
-from rock.http.asgi import Answer, App, Request, Router
+from rock.http.asgi import Answer, App, Found, Request, Router
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.route import Route
 
@@ -48,9 +48,14 @@ class McpEndpoint:
     def __init__(self, api: App) -> None:
         self._api = api
         self._sessions = Sessions()
-        self.router = Router("mcp")
+        self._router = Router("mcp")
         for method, handler in (("POST", self.post), ("DELETE", self.delete), ("GET", self.get)):
-            self.router.add(Route(f"mcp_{method.lower()}", method, PATH, "control", "MCP", access=Access.READ), handler)
+            row = Route(f"mcp_{method.lower()}", method, PATH, "control", "MCP", access=Access.READ)
+            self._router.add(row, handler)
+
+    def match(self, method: str, path: str) -> Found | None:
+        """The handler of a request."""
+        return self._router.match(method, path)
 
     async def get(self, request: Request) -> Answer:
         """There is no stream of messages of the server."""
@@ -60,7 +65,7 @@ class McpEndpoint:
         """End a session: its requests are canceled, and its own sandbox is stopped."""
         session = self._session(request)
         self._sessions.remove(session)
-        await session.close(LocalApi(self._api, caller_of(request.scope)))
+        await session.close(lasting_api_of(self._api, request))
         return Answer(b"", 204)
 
     async def post(self, request: Request) -> Answer:

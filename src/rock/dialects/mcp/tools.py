@@ -22,7 +22,7 @@ _SANDBOX = "sandbox_id"
 class Arguments(BaseModel):
     """Base of arguments. An unknown argument is an error, so that a model notices a wrong name."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class InSandbox(Arguments):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rock.dialects import environments
-from rock.dialects.api import LocalApi, limited_body
+from rock.dialects.api import lasting_api_of, limited_body
 from rock.dialects.environments import Kind
 from rock.dialects.openenv import rpc
 from rock.dialects.openenv.episode import task_ids
@@ -79,10 +79,10 @@ class OpenEnvEndpoint:
 
     def _episodes(self, request: Request) -> Episodes:
         caller = caller_of(request.scope)
-        return Episodes(self._sessions, LocalApi(self._api, caller), caller.owner, request.path["env_id"])
+        return Episodes(self._sessions, lasting_api_of(self._api, request), caller.owner, request.path["env_id"])
 
     async def _kind(self, request: Request) -> Kind:
-        return await environments.kind_of(LocalApi(self._api, caller_of(request.scope)), request.path["env_id"])
+        return await environments.kind_of(lasting_api_of(self._api, request), request.path["env_id"])
 
     # ---- sockets ----
 
@@ -178,7 +178,7 @@ class OpenEnvEndpoint:
                 split = body.get("split")
                 if not isinstance(split, str):
                     raise InvalidConfig("the body has no split", hint='send {"split": "train"}')
-                ids = await task_ids(LocalApi(self._api, caller_of(request.scope)), kind, split)
+                ids = await task_ids(lasting_api_of(self._api, request), kind, split)
                 return _answer({**work(ids, body), **({"env_name": kind.env_id} if work is _tasks else {})})
             except Failure as error:
                 return _failed(error)

@@ -45,7 +45,7 @@ def failure_of(error: RockError, making: bool = False) -> Failure:
 class Reset(BaseModel):
     """The data of a reset. Other fields are arguments of the constructor of the environment."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, defer_build=True)
 
     seed: int | None = Field(default=None, ge=0)
     episode_id: str | None = Field(default=None, min_length=1, max_length=255)
@@ -59,7 +59,7 @@ class Reset(BaseModel):
 class StepRequest(BaseModel):
     """The body of a step over HTTP."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
     action: dict[str, Any]
     timeout_s: float | None = Field(default=None, gt=0, le=3600)

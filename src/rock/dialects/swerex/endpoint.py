@@ -34,7 +34,7 @@ from rock.dialects.swerex.messages import (
     session_name,
 )
 from rock.errors import Forbidden, InvalidConfig, NotFound, QuotaExceeded, RockError, Unauthorized
-from rock.http.asgi import Answer, App, Handler, Request, Router, answer
+from rock.http.asgi import Answer, App, Found, Handler, Request, Router, answer
 from rock.http.multipart import Form, Part, boundary_of
 from rock.protocol.keys import Access
 from rock.protocol.route import Route
@@ -57,7 +57,7 @@ class SwerexEndpoint:
 
     def __init__(self, api: App) -> None:
         self._api = api
-        self.router = Router("swerex")
+        self._router = Router("swerex")
         json = self._json
         for method, path, handler, access in (
             ("GET", "/is_alive", self.is_alive, Access.READ),
@@ -71,7 +71,11 @@ class SwerexEndpoint:
             ("POST", "/close", json(close), Access.RUN),
         ):
             row = Route(f"swerex{path}", method, PREFIX + path, "data", "SWE-ReX", access=access)
-            self.router.add(row, _raising(handler))
+            self._router.add(row, _raising(handler))
+
+    def match(self, method: str, path: str) -> Found | None:
+        """The handler of a request."""
+        return self._router.match(method, path)
 
     def _json(self, work: Work) -> Handler:
         """A handler of a JSON body, whose result is the complete response."""

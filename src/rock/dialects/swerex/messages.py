@@ -31,7 +31,7 @@ _SESSION = re.compile(SESSION_PATTERN)
 class Asked(BaseModel):
     """Base of requests. Clients of other versions send fields that are not known here; unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, defer_build=True)
 
 
 class CreateSession(Asked):

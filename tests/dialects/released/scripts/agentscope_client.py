@@ -1,10 +1,14 @@
-"""The released TrainingSandbox, BFCLSandbox and APPWorldSandbox of AgentScope with base_url."""
+"""The released TrainingSandbox, BFCLSandbox and APPWorldSandbox of AgentScope with base_url.
+
+agentscope_client.py SANDBOX_WITH_DATA_OF_APPWORLD
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import sys
 from typing import Any
 
 import requests
@@ -77,6 +81,17 @@ with check("APPWorldSandbox: starts, and its calls name the missing data"):
     with APPWorldSandbox(base_url=BASE, bearer_token=KEY) as box:
         assert box.sandbox_id in running()
         assert "Error" in box.create_instance("appworld", "x") and "data" in box.get_env_profile("appworld")
+
+with check("APPWorldSandbox: a task, in a sandbox that has data"):
+    box = APPWorldSandbox(sys.argv[1], BASE, KEY)
+    assert box.get_task_ids("appworld") == ["abc1234_1"]
+    made = box.create_instance("appworld", "abc1234_1")
+    assert made["state"][1]["content"] == "What is six times seven?"
+    code = "```python\napis.supervisor.complete_task(answer=6 * 7)\n```"
+    done = box.step(made["info"]["instance_id"], {"role": "assistant", "content": code})
+    assert done["is_terminated"] and done["reward"] == 1.0
+    assert box.evaluate(made["info"]["instance_id"], params={"sparse": True}) == 1.0
+    assert box.release_instance(made["info"]["instance_id"]) is True
 
 with check("manager: sessions, status, health, cleanup"):
     manager = SandboxManager(base_url=BASE, bearer_token=KEY)
