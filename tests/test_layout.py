@@ -16,18 +16,18 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 538,
+    "modules": 601,
     "largest_module_lines": 600,
-    "largest_folder": 19,
+    "largest_folder": 20,
     "folders_above_20": 0,
-    "small_modules": 46,  # below 60 lines
+    "small_modules": 48,  # below 60 lines
     "type_checking_blocks": 9,
     "type_only_imports": 16,
-    "function_imports": 57,
+    "function_imports": 59,
     "cycles": 0,
     "modules_in_cycles": 0,
     "runtime_cycles": 0,
-    "cycles_with_function_imports": 1,
+    "cycles_with_function_imports": 0,
 }
 
 
