@@ -204,6 +204,24 @@ def test_the_configuration_reference_has_every_setting_of_a_server() -> None:
     assert sorted(name for name in settings_reference.fields() if f"`{name}`" not in page) == []
 
 
+def test_the_index_of_decisions_is_complete() -> None:
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text()
+    for page in folder.glob("0*.md"):
+        title = page.read_text().splitlines()[0].lstrip("# ").partition(". ")[2]
+        assert f"| {int(page.name[:4])} | [{title}]({page.name}) |" in index, page.name
+
+
+def test_commands_in_pages_exist() -> None:
+    """Each `rock COMMAND` in the guides is a command of the table."""
+    from rock.cli.main import ENTRIES
+
+    known = {entry.name for entry in ENTRIES}
+    for page in [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "README.md", ROOT / "docs" / "comparisons.md"]:
+        for name in re.findall(r"`rock ([a-z][a-z-]*)", page.read_text()):
+            assert name in known, f"{page.name}: rock {name}"
+
+
 def test_the_index_has_every_guide_and_reference() -> None:
     index = (ROOT / "docs" / "README.md").read_text()
     pages = [*(ROOT / "docs" / "guides").glob("*.md"), *(ROOT / "docs" / "reference").glob("*.md"),
