@@ -22,6 +22,7 @@ from tests.waiting import until
 
 from rock.admin.configuration import FileSource, parsed
 from rock.admin.nacos import NacosSource
+from rock.admin.tags import MetricTags
 from rock.errors import Conflict, Forbidden, InvalidConfig, QuotaExceeded, RockError, Unavailable
 from rock.protocol.configuration import Configuration, ConfigurationVersion
 from rock.protocol.keys import CreateKey, Quota
@@ -129,6 +130,28 @@ def test_quotas_networks_and_images(configured: RunningServer, owner: Client) ->
         start(configured, own, image=f"old.example/hub/{IMAGE}", pull="never")
     for sandbox in made:
         sandbox.stop()
+
+
+def test_metrics_by_tags(configured: RunningServer, owner: Client) -> None:
+    owner.set_configuration(Configuration.model_validate({"metrics": {"tags": ["experiment", "label.team"]}}))
+    for number in range(2):
+        start(configured, OWNER, experiment_id="grpo", labels={"team": f"t{number}", "other": "x"}).stop()
+    start(configured, OWNER).stop()
+    lines = [line.rpartition(" ") for line in ask(configured, OWNER, "GET", "/metrics")[2].decode().splitlines()]
+    counts = {name: float(value) for name, _, value in lines if name.startswith("rock_tagged")}
+    name = "rock_tagged_creates_total"
+    assert counts[f'{name}{{tag="experiment",value="grpo",outcome="running"}}'] == 2
+    assert counts[f'{name}{{tag="label.team",value="t0",outcome="running"}}'] == 1
+    assert counts['rock_tagged_sandbox_seconds_total{tag="experiment",value="grpo"}'] > 0
+    assert not any("other" in line for line in counts)
+    wrong = {"configuration": {"metrics": {"tags": ["password"]}}}
+    assert ask(configured, OWNER, "PUT", PATH, wrong)[0] == 422
+
+
+def test_the_values_of_a_tag_are_bounded() -> None:
+    tags = MetricTags()
+    assert len({tags._bounded("user", f"u{number}") for number in range(1000)}) == 101
+    assert {tags._bounded(f"label.{number}", "x") for number in range(100)} == {"x", "other"}
 
 
 def test_a_feature_that_is_off_rejects_new_operations(configured: RunningServer, owner: Client) -> None:

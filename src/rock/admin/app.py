@@ -15,6 +15,7 @@ from rock.admin.configuration import LiveConfiguration, source_of
 from rock.admin.environments import Environments
 from rock.admin.reconciler import Reconciler
 from rock.admin.sandboxes.service import Service
+from rock.admin.tags import MetricTags
 from rock.admin.tenants import Keys, TenantServices
 from rock.admin.workers.leader import Leader
 from rock.admin.workers.registry import WorkerRegistry
@@ -26,6 +27,7 @@ from rock.kubernetes.access import from_kubeconfig, in_cluster
 from rock.kubernetes.client import Api
 from rock.kubernetes.pods import PodReservations, PodSettings
 from rock.kubernetes.templates import read_templates
+from rock.protocol.configuration import Configuration
 from rock.protocol.keys import POD_PREFIX
 from rock.protocol.node import JoinWorker
 from rock.protocol.sandbox import parse_size
@@ -150,6 +152,9 @@ class Admin:
         self.catalogue = Catalogue(settings.catalogue)
         environments = Environments(self.service, self.catalogue)
         self.configuration = LiveConfiguration(store, workers, source_of(settings.live_config, settings.home), leads)
+        self._tags = MetricTags()
+        self.service.records.on_step.append(self._tags.step)
+        self.configuration.on_change.append(self._tag)
         self.keys = Keys(store, bool(settings.api_key), lambda: self.configuration.current.quotas)
         self.configuration.on_change.append(lambda _: self.keys.reread())
         tenant_services = TenantServices(self.service, self.keys, self.configuration)
@@ -167,6 +172,9 @@ class Admin:
         training = Training(tenant_services, data).over(rest)
         self.app: App = Sandboxes(tenant_services).over(training, about, heartbeats, self.audit, self.configuration)
         self._store = store
+
+    def _tag(self, configuration: Configuration) -> None:
+        self._tags.tags = configuration.metrics.tags
 
     async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
         """NotFound for a sandbox that the caller of a request does not own."""

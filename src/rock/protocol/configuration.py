@@ -12,6 +12,8 @@ from rock.protocol.wire import Wire
 
 _REGISTRY = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](?::[0-9]{1,5})?")
 _PREFIX = re.compile(r"[A-Za-z0-9.:_-]{1,253}/[A-Za-z0-9._/:@-]{0,400}")
+LABEL = "label."
+_TAG = r"^(?:tenant|experiment|user|image|worker|label\.[A-Za-z0-9._/-]{1,63})$"
 _MOST = 1000  # entries of a list or a mapping
 
 Feature = Literal["archive", "commits", "gateway", "image_builds", "jobs", "snapshots", "volumes"]
@@ -82,6 +84,12 @@ class NetworkRules(Wire):
     allowed: list[Literal["none", "nat"]] | None = Field(default=None, max_length=2)
 
 
+class MetricRules(Wire):
+    """tags: what the metrics rock_tagged_* are counted by: tenant, experiment, user, image, worker, or label.NAME."""
+
+    tags: list[Annotated[str, Field(pattern=_TAG)]] = Field(default_factory=list, max_length=10)
+
+
 class LogRules(Wire):
     """level: of every process of the server; None is its ROCK_LOG_LEVEL."""
 
@@ -96,6 +104,7 @@ class Configuration(Wire):
     pools: PoolRules = Field(default_factory=PoolRules)
     networks: NetworkRules = Field(default_factory=NetworkRules)
     log: LogRules = Field(default_factory=LogRules)
+    metrics: MetricRules = Field(default_factory=MetricRules)
     features: dict[Feature, bool] = Field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Records:
 
     on_effect: called with the saved record, by effect; they begin the effect in the background. on_withdrawn: called
     with the id of a pending sandbox that is no longer to be started. on_unfinished: called with the id of a sandbox
-    whose step could not be completed.
+    whose step could not be completed. on_step: called with the records before and after a saved step.
     """
 
     def __init__(self, store: Store) -> None:
@@ -39,6 +39,7 @@ class Records:
         self.on_effect: dict[Effect, list[Callable[[Record], object]]] = {effect: [] for effect in Effect}
         self.on_withdrawn: list[Callable[[str], None]] = []
         self.on_unfinished: list[Callable[[str], None]] = []
+        self.on_step: list[Callable[[Record, Record], None]] = []
         self._recent: dict[str, Record] = {}  # as this process saved them last
 
     def unfinished(self, sandbox_id: str) -> None:
@@ -121,6 +122,8 @@ class Records:
                     listener(sandbox_id)
             if new.info.cause is not None and record.info.cause is None:
                 ENDS.of(new.info.cause.value).add()
+            for note in self.on_step:
+                note(record, new)
         self._keep(new)
         for effect in effects:
             for begin in self.on_effect[effect]:
