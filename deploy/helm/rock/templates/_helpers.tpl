@@ -70,6 +70,9 @@ http://{{ .Release.Name }}-reader.{{ .Release.Namespace }}:{{ .Values.admin.port
 - {name: ROCK_KUBERNETES_QPS, value: {{ .root.Values.pod.qps | quote }}}
 - {name: ROCK_ADVERTISE, value: {{ include "rock.admin.url" .root | quote }}}
 {{- end }}
+{{- if and .root.Values.liveConfig (ne .role "read") }}
+- {name: ROCK_LIVE_CONFIG, value: /etc/rock-live/config.yaml}
+{{- end }}
 {{- range $name, $value := .root.Values.admin.settings }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
