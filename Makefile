@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
 	training agents integrations kubernetes manifests ui env-packages gym-extras sync wheel \
-	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
+	docs lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -62,6 +62,16 @@ unit: $(VENV)/ready-dev
 # All that an ordinary user has a share of in `test`, as that user; needs root.
 rootless: $(VENV)/ready-dev
 	ROCK_TEST_ROOTLESS=1 $(PY) -m pytest tests/test_rootless.py
+
+# The site of the documentation, in build/site. It fails on a warning: broken links and anchors, missing pages.
+DOCS_VENV = $${ROCK_TEST_CACHE:-$$HOME/.cache/rock-tests}/docs/venv
+
+docs: requirements-docs.lock
+	@test -x $(DOCS_VENV)/bin/mkdocs && cmp -s requirements-docs.lock $(DOCS_VENV)/lock || { \
+		$(PYTHON) -m venv --clear $(DOCS_VENV) && \
+		$(DOCS_VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements-docs.lock && \
+		cp requirements-docs.lock $(DOCS_VENV)/lock; }
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(DOCS_VENV)/bin/mkdocs build
 
 # What `test` has a few of, or smaller: more moments for a crash, larger files, more of each.
 long: $(VENV)/ready-dev
@@ -252,6 +262,7 @@ sync: $(VENV)/ready-dev
 
 lock:
 	uv pip compile pyproject.toml --extra server --generate-hashes --universal --python-version 3.11 --no-header -o requirements.lock
+	uv pip compile pyproject.toml --extra server --extra docs --generate-hashes --universal --python-version 3.11 --no-header -o requirements-docs.lock
 	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 --no-header -o requirements-dev.lock
 
 clean:

@@ -212,6 +212,15 @@ def test_the_index_of_decisions_is_complete() -> None:
         assert f"| {int(page.name[:4])} | [{title}]({page.name}) |" in index, page.name
 
 
+def test_the_site_has_every_page() -> None:
+    """`make docs` builds the site; decisions are below their index."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = str(page.relative_to(ROOT / "docs"))
+        if not name.startswith("decisions/0") and name != "README.md":
+            assert f"- {name}\n" in navigation, name
+
+
 def test_commands_in_pages_exist() -> None:
     """Each `rock COMMAND` in the guides is a command of the table."""
     from rock.cli.main import ENTRIES

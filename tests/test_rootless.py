@@ -43,7 +43,12 @@ WHOLE = [
 # through it.
 SHARE = [
     [
-        "tests/runtime",  # the runtime namespace alone: ROCK_TEST_CONFORM
+        "tests/runtime/conformance",  # the runtime namespace alone: ROCK_TEST_CONFORM
+        "tests/runtime/test_namespace.py",
+        "tests/runtime/test_namespace_files.py",
+        "tests/runtime/test_namespace_recovery.py",
+        "tests/runtime/test_keeping.py",
+        "tests/runtime/test_frozen_files.py",
         "tests/image/test_host_image.py",
         "tests/image/test_image_store.py::test_a_mounted_layer_stays",
         "tests/image/test_image_store.py::test_a_folder",

@@ -22,7 +22,7 @@ def key() -> None:
 
 @key.command(example="rock key create ci --sandboxes 20 --memory 64g")
 @click.argument("name")
-@click.option("--tenant", help="Tenant of the key, [a-z][a-z0-9]*; by default a new one.")
+@click.option("--tenant", help="Tenant of the key, lowercase letters and digits; by default a new one.")
 @click.option("--scope", multiple=True,
               help="read, run, create, images or admin; repeatable. Default: read, run and create.")  # fmt: skip
 @click.option("--sandboxes", type=int, help="Maximum number of sandboxes at once.")
