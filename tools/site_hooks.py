@@ -106,7 +106,7 @@ def http_page() -> str:
     titles = {"control": "Control plane: the admin", "data": "Data plane: sandboxes",
               "node": "Node plane: commands of an admin to a rocklet"}  # fmt: skip
     for plane, title in titles.items():
-        parts.append(f"## {title}\n\n| name | method | path | access | request | response | |\n|---|---|---|---|---|---|---|")
+        parts.append(f"## {title}\n\n| name | method | path | access | request | response | |\n|{'---|' * 7}")
         for row in ROUTES.values():
             if row.plane == plane:
                 cells = (row.name, row.method, f"`{row.path}`", str(row.access), row.request, row.answer, row.summary)
