@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import http.client
 import json
 import socket
 import struct
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from tests.conftest import RunningServer
@@ -132,6 +134,24 @@ def test_tenants_are_separate(e2b: RunningServer, made: dict[str, Any]) -> None:
     for path in ("/health", "/files?path=/etc/passwd"):
         found = ask(e2b, "GET", f"/e2b{path}", None, {"X-API-KEY": key, "E2b-Sandbox-Id": sandbox_id})
         assert found[0] == 502 and found[1]["message"] == "The sandbox was not found"
+    # what the server holds of a sandbox is not reachable either
+    foreign = {**made, "envdAccessToken": ""}
+    watcher = rpc(e2b, made, "filesystem.Filesystem/CreateWatcher", {"path": "/tmp"})[1]["watcherId"]
+    terminal = envelope({"process": {"cmd": "/bin/sh"}, "pty": {"size": {"rows": 9, "cols": 9}}, "tag": "shell"})
+    with started(e2b, made, terminal):
+        for method, message in (
+            ("process.Process/SendInput", {"process": {"tag": "shell"}, "input": {"pty": "Cg=="}}),
+            ("process.Process/SendSignal", {"process": {"tag": "shell"}, "signal": 9}), ("process.Process/List", {}),
+            ("filesystem.Filesystem/RemoveWatcher", {"watcherId": watcher}),
+        ):  # fmt: skip
+            assert rpc(e2b, foreign, method, message, **{"X-API-KEY": key})[0] == 502
+        port = {"X-API-KEY": key, "E2b-Sandbox-Port": "49999"}
+        assert ask(e2b, "POST", "/e2b/contexts", {}, inside(made) | {"E2b-Sandbox-Port": "49999"})[0] == 201
+        contexts = ask(e2b, "GET", "/e2b/contexts", None, inside(made) | {"E2b-Sandbox-Port": "49999"})[1]
+        assert ask(e2b, "DELETE", f"/e2b/contexts/{contexts[0]['id']}", None, inside(foreign) | port)[0] == 502
+        assert rpc(e2b, made, "process.Process/SendSignal", {"process": {"tag": "shell"}, "signal": 9})[0] == 200
+    assert rpc(e2b, made, "filesystem.Filesystem/RemoveWatcher", {"watcherId": watcher})[0] == 200
+    assert contexts == ask(e2b, "GET", "/e2b/contexts", None, inside(made) | {"E2b-Sandbox-Port": "49999"})[1]
     other = control(e2b, key, "POST", "/v2/sandboxes", {"templateID": "base", "timeout": 60})[1]
     stolen = {**made, "envdAccessToken": other["envdAccessToken"]}
     assert ask(e2b, "GET", "/e2b/health", None, inside(stolen))[0] == 401  # a token is for one sandbox
@@ -367,6 +387,17 @@ def test_input_as_a_stream(e2b: RunningServer, made: dict[str, Any]) -> None:
         while b'"end"' not in received:
             received += connection.recv(4096)
     assert ask(e2b, "GET", "/e2b/files?path=/tmp/streamed", None, inside(made))[1] == b"one two"
+
+
+def test_a_signed_url_is_for_its_user(e2b: RunningServer, made: dict[str, Any]) -> None:
+    token, path = made["envdAccessToken"], "/tmp/of-user"
+    digest = hashlib.sha256(f"{path}:write:daemon:{token}".encode()).digest()
+    query = urlencode({"path": path, "username": "daemon", "signature": f"v1_{base64.b64encode(digest).decode()[:43]}"})
+    root = {"Authorization": f"Basic {base64.b64encode(b'root:').decode()}", "content-type": "application/octet-stream"}
+    assert ask(e2b, "POST", f"/files?{query}", b"x", root)[0] == 200
+    found = rpc(e2b, made, "filesystem.Filesystem/Stat", {"path": path})[1]["entry"]
+    assert found["owner"] == "daemon"
+    assert ask(e2b, "POST", f"/files?{query.replace('daemon', 'root')}", b"x", root)[0] == 401
 
 
 # ---- files ----

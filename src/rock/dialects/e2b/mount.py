@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -47,6 +48,7 @@ from rock.telemetry.context import CURRENT
 log = logging.getLogger("rock.e2b")
 PREFIX = "/e2b"
 DAEMON_PORT = 49983
+_REMEMBERED = 20_000
 _TEMPLATES = PREFIX + "/templates/"
 _ID = re.compile(ID_PATTERN)
 _SANDBOX, _PORT = b"e2b-sandbox-id", b"e2b-sandbox-port"
@@ -70,6 +72,7 @@ class E2B:
         self._options = options
         self._tokens = Tokens(secret, keys)
         self._tenants = tenants
+        self._owners: OrderedDict[str, str] = OrderedDict()  # tenants by sandbox id
         self._accounts = Accounts()
         self._programs = Programs()
         self.on_pausing, self.on_continued = self._programs.withdraw, self._programs.repeat
@@ -127,7 +130,8 @@ class E2B:
         if traffic and sandbox_id and headers.get(_PORT, b"") not in (b"", b"%d" % DAEMON_PORT):
             caller = await self._tokens.sender(sandbox_id, traffic)
             return scope if caller is None else {**scope, GRANTED: caller}
-        if scope["path"].startswith(_TEMPLATES) and b"token=" in raw and scope.get("method") == "PUT":
+        is_upload = scope["path"].startswith(_TEMPLATES) and scope.get("method") == "PUT"
+        if is_upload and not sandbox_id and b"token=" in raw:
             token = dict(parse_qsl(raw.decode("latin-1"))).get("token", "")
             caller = await self._tokens.uploader(scope["path"].rpartition("/")[2], token)
             return scope if caller is None else {**scope, GRANTED: caller}
@@ -138,7 +142,8 @@ class E2B:
         signed = await self._tokens.signer(query, operation, sandbox_id)
         if signed is None:
             return scope
-        named = [header for header in scope["headers"] if header[0] not in (_SANDBOX, _PORT)]
+        # the signature covers the user, so none may be named by another header
+        named = [header for header in scope["headers"] if header[0] not in (_SANDBOX, _PORT, b"authorization")]
         named += [(_SANDBOX, signed[0].encode()), (_PORT, b"%d" % DAEMON_PORT)]
         path = PREFIX + "/files"
         return {**scope, "path": path, "raw_path": path.encode(), "headers": named, GRANTED: signed[1]}
@@ -195,6 +200,7 @@ class E2B:
                 raise NotRunning(sandbox_id[:128])
             if (context := CURRENT.get()) is not None:
                 context.route, context.sandbox_id = context.route or "e2b", sandbox_id
+            await self._check_owner(caller_of(scope), sandbox_id)
             port = _port(headers.get(_PORT, b"").decode("latin-1"))
             if port in (DAEMON_PORT, INTERPRETER_PORT) and scope["type"] == "http":
                 await self._inside(port, path, request, sandbox_id, track)
@@ -224,6 +230,22 @@ class E2B:
                 raise
             log.exception("%s %s", scope.get("method"), scope["path"])
             await _respond(scope, receive, send, failure(unexpected(error)))
+
+    async def _check_owner(self, caller: Caller, sandbox_id: str) -> None:
+        """NotRunning for a sandbox of another tenant: what this server holds of it, such as terminals, is found by the
+        id alone. The tenant of a sandbox never changes."""
+        if caller.tenant is None:
+            return
+        owner = self._owners.get(sandbox_id)
+        if owner is None:
+            record = await self._load(sandbox_id)
+            if record is None:
+                raise NotRunning(sandbox_id)
+            owner = self._owners[sandbox_id] = record.tenant
+            while len(self._owners) > _REMEMBERED:
+                self._owners.popitem(last=False)
+        if owner != caller.tenant:
+            raise NotRunning(sandbox_id)
 
     async def _controlled(self, path: str, request: Request) -> Answer:
         """A request to the control plane."""

@@ -11,6 +11,7 @@ from rock.dialects.e2b import connect
 from rock.dialects.e2b.call import Call
 from rock.dialects.e2b.connect import Envelopes, Events, Message
 from rock.dialects.e2b.errors import RpcError, text_of
+from rock.dialects.e2b.interpreter import command_line
 from rock.dialects.e2b.programs import KEPT, Program, Programs
 from rock.dialects.e2b.terminals import Terminal, Terminals
 from rock.errors import InvalidConfig, NotFound
@@ -135,7 +136,7 @@ class ProcessService:
         known = self._programs.of(call.sandbox.id)
         listed = await call.sandbox.json("list_processes")
         found = [known.get(item["process_id"]) or _of_native(call.sandbox.id, item)
-                 for item in listed["items"] if item["running"]]  # fmt: skip
+                 for item in listed["items"] if item["running"] and item["command"] != command_line()]  # fmt: skip
         found += [terminal.program for terminal in self._terminals.of(call.sandbox.id)]
         return {"processes": [_described(program) for program in found]}
 
