@@ -10,12 +10,14 @@ import json
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 from tests.conftest import RunningServer
 from tests.e2b.conftest import DOMAIN, OWNER
+from tests.leaks import Inventory
 from tests.waiting import until
 
 from rock.protocol.keys import Access, CreateKey
@@ -88,13 +90,15 @@ def stream(server: RunningServer, made: dict[str, Any], method: str, body: bytes
 
 
 @contextlib.contextmanager
-def started(server: RunningServer, made: dict[str, Any], body: bytes) -> Iterator[socket.socket]:
-    """The connection of a Start whose first event has arrived."""
+def started(
+    server: RunningServer, made: dict[str, Any], body: bytes, method: str = "Start"
+) -> Iterator[socket.socket]:
+    """The connection of a Start or a Connect whose first event has arrived."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     headers = {**inside(made), "Host": host, "Content-Type": STREAM, "Content-Length": str(len(body))}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(f"POST /e2b/process.Process/Start HTTP/1.1\r\n{head}\r\n".encode() + body)
+        connection.sendall(f"POST /e2b/process.Process/{method} HTTP/1.1\r\n{head}\r\n".encode() + body)
         received = b""
         while b'"start"' not in received:
             received += connection.recv(4096)
@@ -461,3 +465,35 @@ def test_hosts_of_ports(e2b: RunningServer, made: dict[str, Any]) -> None:
     assert gone[0] == 502 and gone[1]["message"] == "The sandbox was not found"
     for host in (f"0-{sandbox_id}.{DOMAIN}", f"99999-{sandbox_id}.{DOMAIN}", f"8123-{sandbox_id}.other", DOMAIN):
         assert ask(e2b, "GET", "/v1/sandboxes", None, {"Host": host})[0] == 401
+
+
+# ---- crashes of the server ----
+
+
+def test_a_crash_of_the_server(everything: None, tmp_path: Path) -> None:
+    """Tokens, deadlines and programs survive it; a pause too."""
+    server = RunningServer(tmp_path, ROCK_API_KEY=OWNER, ROCK_E2B_NETWORK="none", ROCK_E2B_MEMORY="256m")
+    server.start()
+    made = control(server, OWNER, "POST", "/v2/sandboxes", {"timeout": 600})[1]
+    paused = control(server, OWNER, "POST", "/v2/sandboxes", {"timeout": 600})[1]
+    assert control(server, OWNER, "POST", f"/sandboxes/{paused['sandboxID']}/pause", {})[0] == 204
+    command = "while [ ! -e /tmp/go ]; do sleep 0.05; done; echo went; exit 5"
+    with started(server, made, envelope({"process": {"cmd": "/bin/sh", "args": ["-c", command]}})):
+        (program,) = rpc(server, made, "process.Process/List", {})[1]["processes"]
+        server.kill()
+    server.start()
+    (same,) = rpc(server, made, "process.Process/List", {})[1]["processes"]
+    assert (same["pid"], same["config"]["args"]) == (program["pid"], ["-c", command])
+    with started(server, made, envelope({"process": {"pid": program["pid"]}}), "Connect") as connection:
+        headers = {**inside(made), "content-type": "application/octet-stream"}
+        assert ask(server, "POST", "/e2b/files?path=/tmp/go", b"", headers)[0] == 200
+        received = b""
+        while b'"exitCode":5' not in received:
+            received += connection.recv(4096)
+    assert base64.b64encode(b"went\n") in received
+    assert control(server, OWNER, "GET", f"/sandboxes/{paused['sandboxID']}")[1]["state"] == "paused"
+    assert control(server, OWNER, "POST", f"/sandboxes/{paused['sandboxID']}/connect", {"timeout": 1})[0] == 201
+    ended = f"/sandboxes/{paused['sandboxID']}"
+    until(lambda: control(server, OWNER, "GET", ended)[0] == 404, 30, "the timeout is not enforced")
+    server.stop()
+    server.assert_clean(Inventory())
