@@ -107,9 +107,12 @@ def check_template_builds(_):
         error = raised(BuildException, lambda: Template.build(Template().from_template("checked").run_cmd("exit 3"),
                                                               alias="failing"))
         assert "status 3" in str(error) and not Template.exists("failing")
-        error = raised(BuildException, lambda: Template.build(Template().from_template("checked")
-                                                              .set_start_cmd("sleep 9", "true"), alias="failing"))
-        assert "startCmd" in str(error)
+        started = Template().from_template("checked").set_start_cmd("sleep 0.3; touch /tmp/up; sleep 86399",
+                                                                    "[[ -e /tmp/up ]]")
+        Template.build(started, alias="started")
+        with Sandbox.create("started", timeout=60) as sandbox:
+            assert sandbox.files.exists("/tmp/up")
+            assert any("86399" in " ".join(each.args) for each in sandbox.commands.list())
 
 
 def check_list_pages_and_filters(_):
