@@ -115,6 +115,23 @@ def check_template_builds(_):
             assert any("86399" in " ".join(each.args) for each in sandbox.commands.list())
 
 
+def check_kill_during_calls(_):
+    def killed(work):
+        sandbox = Interpreter.create(timeout=60)
+        killing = threading.Timer(0.7, sandbox.kill)
+        killing.start()
+        try:
+            return raised(SandboxException, lambda: work(sandbox))
+        finally:
+            killing.join()
+
+    assert isinstance(killed(lambda sandbox: sandbox.commands.run("sleep 50")), SandboxNotRunningException)
+    assert "killed" in str(killed(lambda sandbox: sandbox.run_code("import time; time.sleep(50)")))
+    killed(lambda sandbox: sandbox.pty.create(size=PtySize(rows=24, cols=80)).wait())
+    short = Sandbox.create(timeout=1)
+    assert isinstance(raised(SandboxException, lambda: short.commands.run("sleep 50")), SandboxNotRunningException)
+
+
 def check_list_pages_and_filters(_):
     made = [Sandbox.create(timeout=60, metadata={"list": "a=b&c d/é", "n": str(n)}) for n in range(3)]
     try:

@@ -211,8 +211,9 @@ class E2B:
         except Disconnected:
             return
         except NotRunning as error:
-            if started:
-                raise
+            if started:  # the broken connection is the remaining signal
+                log.info("sandbox %s ended during %s", sandbox_id, path)
+                return
             await _respond(scope, receive, send, not_running(error))
         except RpcError as error:
             if started:
