@@ -184,7 +184,6 @@ def check_idempotency_key(_):
 
 def check_refused_options(_):
     refused = {
-        "autoResume": {"lifecycle": {"on_timeout": "pause", "auto_resume": True}},
         "mcp": {"mcp": {"browserbase": {"apiKey": "x"}}},
         "denyOut": {"network": {"deny_out": ["203.0.113.1"]}},
         "maskRequestHost": {"network": {"mask_request_host": "localhost"}},
@@ -224,6 +223,13 @@ def check_pause_at_the_timeout(_):
     sandbox.files.write("/tmp/stop", "")
     assert handle.wait().stdout == "stopped\n"
     sandbox.kill()
+    woken = Sandbox.create(timeout=30, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    assert woken.get_info().lifecycle == {"on_timeout": "pause", "auto_resume": True}
+    woken.pause()
+    assert woken.get_info().state == SandboxState.PAUSED
+    assert woken.commands.run("echo awake").stdout == "awake\n"
+    assert woken.get_info().state == SandboxState.RUNNING and woken.get_info().end_at.timestamp() - time.time() < 31
+    woken.kill()
 
 
 def check_snapshot_and_fork(_):

@@ -179,7 +179,8 @@ class Control:
             "domain": self.domain(request),
             "envdAccessToken": self._tokens.access(record.id, self._tenant(request).caller),
             "allowInternetAccess": config.network != "none",
-            "lifecycle": {"autoResume": False, "onTimeout": "pause" if config.on_timeout == "pause" else "kill"},
+            "lifecycle": {"autoResume": bool(record.info.labels.get(state.RESUMES)),
+                          "onTimeout": "pause" if config.on_timeout == "pause" else "kill"},
             "network": {"allowPublicTraffic": not record.info.labels.get(state.PRIVATE),
                         "allowOut": config.egress or [],
                         "denyOut": ["0.0.0.0/0"] if config.network == "none" or config.egress is not None else []},
@@ -280,6 +281,12 @@ class Control:
             await tenant.update(record.id, UpdateSandbox(timeout=state.lasting(spec.timeout)))
             await tenant.resume(record.id)
         return answer(self._view(request, await tenant.load(record.id)), 200 if record.info.paused_at is None else 201)
+
+    async def wake(self, tenant: TenantService, record: Record) -> None:
+        """Resume a sandbox that was paused, with the timeout of its create."""
+        timeout = record.config.timeout or state.TIMEOUT
+        await tenant.update(record.id, UpdateSandbox(timeout=state.lasting(timeout)))
+        await tenant.resume(record.id)
 
     # ---- snapshots and forks ----
 

@@ -33,7 +33,7 @@ from rock.dialects.e2b.ports import forward, target_of
 from rock.dialects.e2b.process import SERVICE as PROCESS
 from rock.dialects.e2b.process import ProcessService
 from rock.dialects.e2b.programs import Programs
-from rock.dialects.e2b.state import PRIVATE, Options
+from rock.dialects.e2b.state import PRIVATE, RESUMES, Options
 from rock.dialects.e2b.terminals import Terminals
 from rock.dialects.e2b.tokens import Tokens
 from rock.dialects.e2b.watching import Watching
@@ -72,7 +72,7 @@ class E2B:
         self._options = options
         self._tokens = Tokens(secret, keys)
         self._tenants = tenants
-        self._owners: OrderedDict[str, str] = OrderedDict()  # tenants by sandbox id
+        self._known: OrderedDict[str, tuple[str, bool]] = OrderedDict()  # (tenant, autoResume) by sandbox id
         self._accounts = Accounts()
         self._programs = Programs()
         self.on_pausing, self.on_continued = self._programs.withdraw, self._programs.repeat
@@ -200,7 +200,7 @@ class E2B:
                 raise NotRunning(sandbox_id[:128])
             if (context := CURRENT.get()) is not None:
                 context.route, context.sandbox_id = context.route or "e2b", sandbox_id
-            await self._check_owner(caller_of(scope), sandbox_id)
+            await self._check(scope, sandbox_id)
             port = _port(headers.get(_PORT, b"").decode("latin-1"))
             if port in (DAEMON_PORT, INTERPRETER_PORT) and scope["type"] == "http":
                 await self._inside(port, path, request, sandbox_id, track)
@@ -232,21 +232,26 @@ class E2B:
             log.exception("%s %s", scope.get("method"), scope["path"])
             await _respond(scope, receive, send, failure(unexpected(error)))
 
-    async def _check_owner(self, caller: Caller, sandbox_id: str) -> None:
+    async def _check(self, scope: Scope, sandbox_id: str) -> None:
         """NotRunning for a sandbox of another tenant: what this server holds of it, such as terminals, is found by the
-        id alone. The tenant of a sandbox never changes."""
-        if caller.tenant is None:
-            return
-        owner = self._owners.get(sandbox_id)
-        if owner is None:
+        id alone. A paused sandbox with autoResume is resumed. Neither the tenant nor autoResume changes."""
+        tenant, record = caller_of(scope).tenant, None
+        known = self._known.get(sandbox_id)
+        if known is None:
             record = await self._load(sandbox_id)
             if record is None:
                 raise NotRunning(sandbox_id)
-            owner = self._owners[sandbox_id] = record.tenant
-            while len(self._owners) > _REMEMBERED:
-                self._owners.popitem(last=False)
-        if owner != caller.tenant:
+            known = self._known[sandbox_id] = record.tenant, bool(record.info.labels.get(RESUMES))
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        owner, resumes = known
+        if tenant is not None and owner != tenant:
             raise NotRunning(sandbox_id)
+        if resumes:
+            record = record or await self._load(sandbox_id)
+            if record is not None and record.state is State.RUNNING and record.info.paused_at is not None:
+                caller_of(scope).require(Access.RUN)
+                await self._control.wake(self._tenants(scope), record)
 
     async def _controlled(self, path: str, request: Request) -> Answer:
         """A request to the control plane."""
