@@ -44,7 +44,7 @@ class Options:
 class Body(BaseModel):
     """Base of request bodies: unknown fields are rejected, because an option must not be ignored."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class Timeout(Body):
