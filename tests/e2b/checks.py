@@ -429,18 +429,19 @@ def check_ports(_):
     for network in ({}, {"network": {"allow_public_traffic": False}}):
         with Sandbox.create(timeout=60, **network) as sandbox:
             server = "import http.server as s; s.test(s.SimpleHTTPRequestHandler, port=8000)"
-            sandbox.commands.run(f"mkdir -p /tmp/w && cd /tmp/w && echo page > x && exec python3 -c '{server}'",
-                                 background=True)
+            sandbox.commands.run(f"mkdir -p /tmp/w && cd /tmp/w && echo page > x && echo other > 'a b%' && "
+                                 f"exec python3 -c '{server}'", background=True)
             headers = {"E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": "8000",
                        "X-Access-Token": sandbox._envd_access_token}
             end = time.time() + 60
             while "port is not open" in (page := httpx.get(f"{BASE}/x", headers=headers)).text:
                 assert time.time() < end and page.status_code == 502
                 time.sleep(0.1)
-            assert page.text == "page\n"
+            assert page.text == "page\n" and httpx.get(f"{BASE}/a%20b%25", headers=headers).text == "other\n"
             by_host = {"Host": sandbox.get_host(8000)}
             if not network:
                 assert httpx.get(f"{ROOT}/x", headers=by_host).text == "page\n"
+                assert httpx.get(f"{ROOT}/a%20b%25", headers=by_host).text == "other\n"
                 continue
             assert httpx.get(f"{ROOT}/x", headers=by_host).status_code == 403
             token = {"E2B-Traffic-Access-Token": sandbox.traffic_access_token}

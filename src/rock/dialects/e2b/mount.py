@@ -162,7 +162,7 @@ class E2B:
             await _respond(scope, receive, send, failure(refused))
             return
         caller = Caller(record.tenant, frozenset({Access.READ, Access.RUN}))
-        await forward(self._data, scope, receive, send, sandbox_id, port, scope["path"], caller)
+        await forward(self._data, scope, receive, send, sandbox_id, port, "", caller)
 
     # ---- behind authentication ----
 
@@ -207,7 +207,7 @@ class E2B:
             else:
                 caller = caller_of(scope)
                 caller.require(Access.RUN)
-                await forward(self._data, scope, receive, track, sandbox_id, port, path, caller)
+                await forward(self._data, scope, receive, track, sandbox_id, port, PREFIX, caller)
         except Disconnected:
             return
         except NotRunning as error:
