@@ -19,6 +19,8 @@ from tests.conftest import RunningServer
 from tests.e2b.conftest import DOMAIN, OWNER
 from tests.leaks import Inventory
 from tests.waiting import until
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from rock.protocol.keys import Access, CreateKey
 from rock.sync import Client
@@ -457,6 +459,16 @@ print('after')
     assert status == 200 and b'"text":"after\\n"' in found
 
 
+def test_websockets_of_ports(e2b: RunningServer, made: dict[str, Any]) -> None:
+    url = e2b.url.replace("http", "ws") + "/e2b/x"
+    named = {**inside(made), "E2b-Sandbox-Port": "8123"}
+    for headers, status in ((named | {"E2b-Sandbox-Id": "none", "X-API-KEY": OWNER}, 502), ({}, 401),
+                            ({"X-API-KEY": OWNER}, 404), (named, 503)):  # fmt: skip
+        with pytest.raises(InvalidStatus) as caught:
+            connect(url, additional_headers=headers, proxy=None, open_timeout=60)
+        assert caught.value.response.status_code == status, headers
+
+
 def test_hosts_of_ports(e2b: RunningServer, made: dict[str, Any]) -> None:
     sandbox_id = made["sandboxID"]
     closed = ask(e2b, "GET", "/", None, {"Host": f"8123-{sandbox_id}.{DOMAIN}"})
@@ -497,3 +509,16 @@ def test_a_crash_of_the_server(everything: None, tmp_path: Path) -> None:
     until(lambda: control(server, OWNER, "GET", ended)[0] == 404, 30, "the timeout is not enforced")
     server.stop()
     server.assert_clean(Inventory())
+
+
+def test_the_audit_log_names_calls(e2b: RunningServer, tenant: str) -> None:
+    made = control(e2b, tenant, "POST", "/v2/sandboxes", {"timeout": 60})[1]["sandboxID"]
+    assert control(e2b, tenant, "POST", f"/sandboxes/{made}/timeout", {"timeout": 50})[0] == 204
+    assert control(e2b, tenant, "DELETE", f"/sandboxes/{made}")[0] == 204
+
+    def actions() -> list[str]:
+        items = ask(e2b, "GET", f"/v1/audit?target={made}", None, {"X-API-KEY": OWNER})[1]["items"]
+        return [f"{item['tenant']} {item['action']} {item['status']}" for item in reversed(items)]
+
+    expected = ["alice e2b:sandboxes 201", "alice e2b:sandboxes/timeout 204", "alice e2b:sandboxes 204"]
+    until(lambda: actions() == expected, 30)

@@ -38,7 +38,7 @@ from rock.dialects.e2b.terminals import Terminals
 from rock.dialects.e2b.tokens import Tokens
 from rock.dialects.e2b.watching import Watching
 from rock.errors import Forbidden, InvalidConfig, RockError, Unauthorized, no_such_route, unexpected
-from rock.http.asgi import Answer, App, Disconnected, Receive, Request, Router, Scope, Send, answer, deny
+from rock.http.asgi import Answer, App, Disconnected, Receive, Request, Router, Scope, Send, answer
 from rock.protocol.keys import GRANTED, Access, Caller, caller_of
 from rock.protocol.route import Route
 from rock.protocol.sandbox import ID_PATTERN, State
@@ -223,7 +223,7 @@ class E2B:
             if started:
                 raise
             reply = rpc_failure(rpc_code(error), text_of(error)) if rpc else failure(error)
-            await _respond(scope, receive, send, reply, error)
+            await _respond(scope, receive, send, reply)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -325,12 +325,17 @@ def _port(text: str) -> int:
     return int(text)
 
 
-async def _respond(
-    scope: Scope, receive: Receive, send: Send, reply: Answer, error: RockError | None = None
-) -> None:
+async def _respond(scope: Scope, receive: Receive, send: Send, reply: Answer) -> None:
     """Send a response, also to the handshake of a WebSocket."""
     if scope["type"] == "http":
         await reply.send(send)
-    else:
-        await receive()
-        await deny(scope, send, error or InvalidConfig("the sandbox does not run", hint="create another one"))
+        return
+    await receive()
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1011, "reason": f"status {reply.status}"})
+        return
+
+    async def translate(message: MutableMapping[str, Any]) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await reply.send(translate)

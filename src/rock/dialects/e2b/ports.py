@@ -32,7 +32,7 @@ def target_of(scope: Scope, domain: str) -> tuple[int, str] | None:
 async def forward(
     data: App, scope: Scope, receive: Receive, send: Send, sandbox_id: str, port: int, prefix: str, caller: Caller
 ) -> None:
-    """Forward a request or a WebSocket to a port, without the credentials of the sandbox and this prefix of the path."""
+    """Forward a request or a WebSocket to a port, without this prefix of the path and the credentials of E2B."""
     target = f"/v1/sandboxes/{sandbox_id}/ports/{port}"
     headers = [header for header in scope["headers"] if header[0] not in _OWN]
     path: str = scope["path"]
