@@ -107,9 +107,29 @@ def check_template_builds(_):
         error = raised(BuildException, lambda: Template.build(Template().from_template("checked").run_cmd("exit 3"),
                                                               alias="failing"))
         assert "status 3" in str(error) and not Template.exists("failing")
-        error = raised(BuildException, lambda: Template.build(Template().from_template("checked")
-                                                              .set_start_cmd("sleep 9", "true"), alias="failing"))
-        assert "startCmd" in str(error)
+        started = Template().from_template("checked").set_start_cmd("sleep 0.3; touch /tmp/up; sleep 86399",
+                                                                    "[[ -e /tmp/up ]]")
+        Template.build(started, alias="started")
+        with Sandbox.create("started", timeout=60) as sandbox:
+            assert sandbox.files.exists("/tmp/up")
+            assert any("86399" in " ".join(each.args) for each in sandbox.commands.list())
+
+
+def check_kill_during_calls(_):
+    def killed(work):
+        sandbox = Interpreter.create(timeout=60)
+        killing = threading.Timer(0.7, sandbox.kill)
+        killing.start()
+        try:
+            return raised(SandboxException, lambda: work(sandbox))
+        finally:
+            killing.join()
+
+    assert isinstance(killed(lambda sandbox: sandbox.commands.run("sleep 50")), SandboxNotRunningException)
+    assert "killed" in str(killed(lambda sandbox: sandbox.run_code("import time; time.sleep(50)")))
+    killed(lambda sandbox: sandbox.pty.create(size=PtySize(rows=24, cols=80)).wait())
+    short = Sandbox.create(timeout=1)
+    assert isinstance(raised(SandboxException, lambda: short.commands.run("sleep 50")), SandboxNotRunningException)
 
 
 def check_list_pages_and_filters(_):
@@ -164,7 +184,6 @@ def check_idempotency_key(_):
 
 def check_refused_options(_):
     refused = {
-        "autoResume": {"lifecycle": {"on_timeout": "pause", "auto_resume": True}},
         "mcp": {"mcp": {"browserbase": {"apiKey": "x"}}},
         "denyOut": {"network": {"deny_out": ["203.0.113.1"]}},
         "maskRequestHost": {"network": {"mask_request_host": "localhost"}},
@@ -204,6 +223,13 @@ def check_pause_at_the_timeout(_):
     sandbox.files.write("/tmp/stop", "")
     assert handle.wait().stdout == "stopped\n"
     sandbox.kill()
+    woken = Sandbox.create(timeout=30, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    assert woken.get_info().lifecycle == {"on_timeout": "pause", "auto_resume": True}
+    woken.pause()
+    assert woken.get_info().state == SandboxState.PAUSED
+    assert woken.commands.run("echo awake").stdout == "awake\n"
+    assert woken.get_info().state == SandboxState.RUNNING and woken.get_info().end_at.timestamp() - time.time() < 31
+    woken.kill()
 
 
 def check_snapshot_and_fork(_):
@@ -403,18 +429,19 @@ def check_ports(_):
     for network in ({}, {"network": {"allow_public_traffic": False}}):
         with Sandbox.create(timeout=60, **network) as sandbox:
             server = "import http.server as s; s.test(s.SimpleHTTPRequestHandler, port=8000)"
-            sandbox.commands.run(f"mkdir -p /tmp/w && cd /tmp/w && echo page > x && exec python3 -c '{server}'",
-                                 background=True)
+            sandbox.commands.run(f"mkdir -p /tmp/w && cd /tmp/w && echo page > x && echo other > 'a b%' && "
+                                 f"exec python3 -c '{server}'", background=True)
             headers = {"E2b-Sandbox-Id": sandbox.sandbox_id, "E2b-Sandbox-Port": "8000",
                        "X-Access-Token": sandbox._envd_access_token}
             end = time.time() + 60
             while "port is not open" in (page := httpx.get(f"{BASE}/x", headers=headers)).text:
                 assert time.time() < end and page.status_code == 502
                 time.sleep(0.1)
-            assert page.text == "page\n"
+            assert page.text == "page\n" and httpx.get(f"{BASE}/a%20b%25", headers=headers).text == "other\n"
             by_host = {"Host": sandbox.get_host(8000)}
             if not network:
                 assert httpx.get(f"{ROOT}/x", headers=by_host).text == "page\n"
+                assert httpx.get(f"{ROOT}/a%20b%25", headers=by_host).text == "other\n"
                 continue
             assert httpx.get(f"{ROOT}/x", headers=by_host).status_code == 403
             token = {"E2B-Traffic-Access-Token": sandbox.traffic_access_token}

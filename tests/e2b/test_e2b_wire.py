@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import http.client
 import json
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from tests.conftest import RunningServer
 from tests.e2b.conftest import DOMAIN, OWNER
+from tests.leaks import Inventory
 from tests.waiting import until
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from rock.protocol.keys import Access, CreateKey
 from rock.sync import Client
@@ -86,13 +92,15 @@ def stream(server: RunningServer, made: dict[str, Any], method: str, body: bytes
 
 
 @contextlib.contextmanager
-def started(server: RunningServer, made: dict[str, Any], body: bytes) -> Iterator[socket.socket]:
-    """The connection of a Start whose first event has arrived."""
+def started(
+    server: RunningServer, made: dict[str, Any], body: bytes, method: str = "Start"
+) -> Iterator[socket.socket]:
+    """The connection of a Start or a Connect whose first event has arrived."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     headers = {**inside(made), "Host": host, "Content-Type": STREAM, "Content-Length": str(len(body))}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(f"POST /e2b/process.Process/Start HTTP/1.1\r\n{head}\r\n".encode() + body)
+        connection.sendall(f"POST /e2b/process.Process/{method} HTTP/1.1\r\n{head}\r\n".encode() + body)
         received = b""
         while b'"start"' not in received:
             received += connection.recv(4096)
@@ -132,6 +140,24 @@ def test_tenants_are_separate(e2b: RunningServer, made: dict[str, Any]) -> None:
     for path in ("/health", "/files?path=/etc/passwd"):
         found = ask(e2b, "GET", f"/e2b{path}", None, {"X-API-KEY": key, "E2b-Sandbox-Id": sandbox_id})
         assert found[0] == 502 and found[1]["message"] == "The sandbox was not found"
+    # what the server holds of a sandbox is not reachable either
+    foreign = {**made, "envdAccessToken": ""}
+    watcher = rpc(e2b, made, "filesystem.Filesystem/CreateWatcher", {"path": "/tmp"})[1]["watcherId"]
+    terminal = envelope({"process": {"cmd": "/bin/sh"}, "pty": {"size": {"rows": 9, "cols": 9}}, "tag": "shell"})
+    with started(e2b, made, terminal):
+        for method, message in (
+            ("process.Process/SendInput", {"process": {"tag": "shell"}, "input": {"pty": "Cg=="}}),
+            ("process.Process/SendSignal", {"process": {"tag": "shell"}, "signal": 9}), ("process.Process/List", {}),
+            ("filesystem.Filesystem/RemoveWatcher", {"watcherId": watcher}),
+        ):  # fmt: skip
+            assert rpc(e2b, foreign, method, message, **{"X-API-KEY": key})[0] == 502
+        port = {"X-API-KEY": key, "E2b-Sandbox-Port": "49999"}
+        assert ask(e2b, "POST", "/e2b/contexts", {}, inside(made) | {"E2b-Sandbox-Port": "49999"})[0] == 201
+        contexts = ask(e2b, "GET", "/e2b/contexts", None, inside(made) | {"E2b-Sandbox-Port": "49999"})[1]
+        assert ask(e2b, "DELETE", f"/e2b/contexts/{contexts[0]['id']}", None, inside(foreign) | port)[0] == 502
+        assert rpc(e2b, made, "process.Process/SendSignal", {"process": {"tag": "shell"}, "signal": 9})[0] == 200
+    assert rpc(e2b, made, "filesystem.Filesystem/RemoveWatcher", {"watcherId": watcher})[0] == 200
+    assert contexts == ask(e2b, "GET", "/e2b/contexts", None, inside(made) | {"E2b-Sandbox-Port": "49999"})[1]
     other = control(e2b, key, "POST", "/v2/sandboxes", {"templateID": "base", "timeout": 60})[1]
     stolen = {**made, "envdAccessToken": other["envdAccessToken"]}
     assert ask(e2b, "GET", "/e2b/health", None, inside(stolen))[0] == 401  # a token is for one sandbox
@@ -369,6 +395,17 @@ def test_input_as_a_stream(e2b: RunningServer, made: dict[str, Any]) -> None:
     assert ask(e2b, "GET", "/e2b/files?path=/tmp/streamed", None, inside(made))[1] == b"one two"
 
 
+def test_a_signed_url_is_for_its_user(e2b: RunningServer, made: dict[str, Any]) -> None:
+    token, path = made["envdAccessToken"], "/tmp/of-user"
+    digest = hashlib.sha256(f"{path}:write:daemon:{token}".encode()).digest()
+    query = urlencode({"path": path, "username": "daemon", "signature": f"v1_{base64.b64encode(digest).decode()[:43]}"})
+    root = {"Authorization": f"Basic {base64.b64encode(b'root:').decode()}", "content-type": "application/octet-stream"}
+    assert ask(e2b, "POST", f"/files?{query}", b"x", root)[0] == 200
+    found = rpc(e2b, made, "filesystem.Filesystem/Stat", {"path": path})[1]["entry"]
+    assert found["owner"] == "daemon"
+    assert ask(e2b, "POST", f"/files?{query.replace('daemon', 'root')}", b"x", root)[0] == 401
+
+
 # ---- files ----
 
 
@@ -422,6 +459,16 @@ print('after')
     assert status == 200 and b'"text":"after\\n"' in found
 
 
+def test_websockets_of_ports(e2b: RunningServer, made: dict[str, Any]) -> None:
+    url = e2b.url.replace("http", "ws") + "/e2b/x"
+    named = {**inside(made), "E2b-Sandbox-Port": "8123"}
+    for headers, status in ((named | {"E2b-Sandbox-Id": "none", "X-API-KEY": OWNER}, 502), ({}, 401),
+                            ({"X-API-KEY": OWNER}, 404), (named, 503)):  # fmt: skip
+        with pytest.raises(InvalidStatus) as caught:
+            connect(url, additional_headers=headers, proxy=None, open_timeout=60)
+        assert caught.value.response.status_code == status, headers
+
+
 def test_hosts_of_ports(e2b: RunningServer, made: dict[str, Any]) -> None:
     sandbox_id = made["sandboxID"]
     closed = ask(e2b, "GET", "/", None, {"Host": f"8123-{sandbox_id}.{DOMAIN}"})
@@ -430,3 +477,48 @@ def test_hosts_of_ports(e2b: RunningServer, made: dict[str, Any]) -> None:
     assert gone[0] == 502 and gone[1]["message"] == "The sandbox was not found"
     for host in (f"0-{sandbox_id}.{DOMAIN}", f"99999-{sandbox_id}.{DOMAIN}", f"8123-{sandbox_id}.other", DOMAIN):
         assert ask(e2b, "GET", "/v1/sandboxes", None, {"Host": host})[0] == 401
+
+
+# ---- crashes of the server ----
+
+
+def test_a_crash_of_the_server(everything: None, tmp_path: Path) -> None:
+    """Tokens, deadlines and programs survive it; a pause too."""
+    server = RunningServer(tmp_path, ROCK_API_KEY=OWNER, ROCK_E2B_NETWORK="none", ROCK_E2B_MEMORY="256m")
+    server.start()
+    made = control(server, OWNER, "POST", "/v2/sandboxes", {"timeout": 600})[1]
+    paused = control(server, OWNER, "POST", "/v2/sandboxes", {"timeout": 600})[1]
+    assert control(server, OWNER, "POST", f"/sandboxes/{paused['sandboxID']}/pause", {})[0] == 204
+    command = "while [ ! -e /tmp/go ]; do sleep 0.05; done; echo went; exit 5"
+    with started(server, made, envelope({"process": {"cmd": "/bin/sh", "args": ["-c", command]}})):
+        (program,) = rpc(server, made, "process.Process/List", {})[1]["processes"]
+        server.kill()
+    server.start()
+    (same,) = rpc(server, made, "process.Process/List", {})[1]["processes"]
+    assert (same["pid"], same["config"]["args"]) == (program["pid"], ["-c", command])
+    with started(server, made, envelope({"process": {"pid": program["pid"]}}), "Connect") as connection:
+        headers = {**inside(made), "content-type": "application/octet-stream"}
+        assert ask(server, "POST", "/e2b/files?path=/tmp/go", b"", headers)[0] == 200
+        received = b""
+        while b'"exitCode":5' not in received:
+            received += connection.recv(4096)
+    assert base64.b64encode(b"went\n") in received
+    assert control(server, OWNER, "GET", f"/sandboxes/{paused['sandboxID']}")[1]["state"] == "paused"
+    assert control(server, OWNER, "POST", f"/sandboxes/{paused['sandboxID']}/connect", {"timeout": 1})[0] == 201
+    ended = f"/sandboxes/{paused['sandboxID']}"
+    until(lambda: control(server, OWNER, "GET", ended)[0] == 404, 30, "the timeout is not enforced")
+    server.stop()
+    server.assert_clean(Inventory())
+
+
+def test_the_audit_log_names_calls(e2b: RunningServer, tenant: str) -> None:
+    made = control(e2b, tenant, "POST", "/v2/sandboxes", {"timeout": 60})[1]["sandboxID"]
+    assert control(e2b, tenant, "POST", f"/sandboxes/{made}/timeout", {"timeout": 50})[0] == 204
+    assert control(e2b, tenant, "DELETE", f"/sandboxes/{made}")[0] == 204
+
+    def actions() -> list[str]:
+        items = ask(e2b, "GET", f"/v1/audit?target={made}", None, {"X-API-KEY": OWNER})[1]["items"]
+        return [f"{item['tenant']} {item['action']} {item['status']}" for item in reversed(items)]
+
+    expected = ["alice e2b:sandboxes 201", "alice e2b:sandboxes/timeout 204", "alice e2b:sandboxes 204"]
+    until(lambda: actions() == expected, 30)

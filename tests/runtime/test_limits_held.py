@@ -194,8 +194,8 @@ _HELD: dict[str, set[str]] = {
 _SERVERS = {
     "base_url", "api_key", "xrl_authorization", "extra_headers", "image", "runtime", "memory", "cpus", "pids",
     "auto_clear_seconds", "auto_archive_seconds", "auto_delete_seconds", "timeout", "on_timeout", "startup_timeout",
-    "egress", "env", "labels", "user_id", "experiment_id", "namespace", "cluster", "route_key", "pull", "registry_username",
-    "registry_password", "sandbox_id", "public_registries", "reconnect_timeout", "name",
+    "egress", "env", "labels", "user_id", "experiment_id", "namespace", "cluster", "route_key", "pull",
+    "registry_username", "registry_password", "sandbox_id", "public_registries", "reconnect_timeout", "name",
     "snapshot", "snapshot_worker",  # refused by `Runtimes.of` for runtimes without the capability Forks
     "volumes", "mounts", "agents",  # refused by `Runtimes.of` for runtimes without the capability Mounts
 }  # fmt: skip

@@ -429,8 +429,7 @@ class ArchivedFiles(Wire):
 class UpdateSandbox(Inside):
     """Changes of a sandbox's record, in any state. Only the given fields change: a name of None removes the name, and
     labels replace all labels. Conflict when another sandbox that runs has the name. timeout: seconds from now, instead
-    of the `timeout` of its config; None is never. Conflict when it is neither pending nor running. A restart applies
-    the timeout of the config again."""
+    of the `timeout` of its config, until a restart; None is never. Conflict when it neither starts nor runs."""
 
     name: str | None = Field(default=None, pattern=NAME_PATTERN)
     labels: dict[str, str] = Field(default_factory=dict)

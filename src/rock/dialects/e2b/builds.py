@@ -18,17 +18,18 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 from pydantic import Field
 
+from rock.dialects.e2b.errors import NotRunning
 from rock.dialects.e2b.native import Sandbox
 from rock.dialects.e2b.state import BASE, Body, Options, time_of
 from rock.dialects.e2b.tokens import Tokens
-from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported, from_wire, unexpected
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StartFailed, Unsupported, from_wire, unexpected
 from rock.host import atomic_file
 from rock.http.asgi import Answer, App, Request, answer, validate
 from rock.protocol.images import BuildRequest
@@ -45,6 +46,8 @@ _MOST_STEPS, _MOST_BUILDS, _MOST_LINES, _PAGE = 1000, 256, 20_000, 100
 _LARGEST_UPLOAD, _LARGEST_CONTEXT = 4 << 30, 8 << 30  # bytes
 _KEPT = 7 * 86400.0  # seconds for which an uploaded file is kept
 _CHUNK = 1 << 20
+_LONGEST_COMMAND = 64 << 10
+_READY_WITHIN, _READY_EVERY = 120.0, 0.2  # seconds
 # bash where the image has it, because the commands of templates are written for it
 _SHELL = 'if [ -x /bin/bash ]; then exec /bin/bash -c "$0"; else exec /bin/sh -c "$0"; fi'
 
@@ -72,19 +75,22 @@ class StartBuild(Body):
     fromImageRegistry: dict[str, Any] | None = None
     force: bool | None = None
     steps: list[Step] = Field(default_factory=list, max_length=_MOST_STEPS)
-    startCmd: str | None = None
-    readyCmd: str | None = None
+    startCmd: str | None = Field(default=None, max_length=_LONGEST_COMMAND)
+    readyCmd: str | None = Field(default=None, max_length=_LONGEST_COMMAND)
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template that was built. cpus, memory: of its sandboxes; None is the default of the server."""
+    """A template that was built. cpus, memory: of its sandboxes; None is the default of the server. start: a command
+    that runs in each sandbox from its start on. ready: a command that succeeds when that has started."""
 
     id: str
     tenant: str
     name: str
     cpus: float | None = None
     memory: str | None = None
+    start: str = ""
+    ready: str = ""
 
     @property
     def image(self) -> str:
@@ -276,9 +282,9 @@ class Builds:
         build, caller = self._build(request), caller_of(request.scope)
         if build.status != "waiting":
             raise Conflict(f"build {build.id} was started already", hint="request another build")
-        if spec.startCmd or spec.readyCmd:
-            raise Unsupported("startCmd and readyCmd of templates are not supported by this server",
-                              hint="start the program by a command after the create")  # fmt: skip
+        if any("\0" in (command or "") for command in (spec.startCmd, spec.readyCmd)):
+            raise InvalidConfig("startCmd or readyCmd has a NUL character", hint="remove it")
+        build.template = replace(build.template, start=spec.startCmd or "", ready=spec.readyCmd or "")
         wanted = self._request(spec, build, caller)
         hashes = sorted({step.filesHash for step in spec.steps if step.type == "COPY" and step.filesHash})
         uploads = {name: self._upload(caller, name) for name in hashes}
@@ -325,6 +331,30 @@ class Builds:
         if build.status == "error":
             found["reason"] = {"message": build.problem}
         return answer(found)
+
+    async def begin(self, template: Template, sandbox_id: str, caller: Caller) -> None:
+        """Run the start command of a template in a new sandbox, and wait until it is ready. StartFailed. A repeated
+        call finds the command running."""
+        native = Sandbox(self._data, sandbox_id, caller)
+        try:
+            start, ready = (["/bin/sh", "-c", _SHELL, command] for command in (template.start, template.ready))
+            known = await native.json("list_processes")
+            if template.start and not any(item["command"] == start for item in known["items"]):
+                await native.json("start_process", {"command": start, "stdin": "", "timeout": None})
+            end = time.monotonic() + _READY_WITHIN
+            while template.ready:
+                found = await native.json("execute", {"command": ready, "timeout": _READY_WITHIN})
+                if found["exit_code"] == 0:
+                    return
+                if time.monotonic() > end:
+                    raise StartFailed(f"readyCmd of template {template.name} has not succeeded in {_READY_WITHIN:g} s",
+                                      sandbox_id=sandbox_id, hint="run its commands in a sandbox without them")
+                await asyncio.sleep(_READY_EVERY)
+        except NotRunning:
+            raise StartFailed(f"sandbox {sandbox_id} ended during the start command of template {template.name}",
+                              sandbox_id=sandbox_id, hint="create another one") from None
+        finally:
+            await native.close()
 
     async def delete(self, caller: Caller, text: str) -> bool:
         """Delete a template; whether there was one. Its image stays, as do those of `rock image build`."""

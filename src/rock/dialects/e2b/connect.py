@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from rock.dialects.e2b.errors import RpcError, rpc_body, rpc_code, rpc_failure, text_of
+from rock.dialects.e2b.errors import GONE, NotRunning, RpcError, rpc_body, rpc_code, rpc_failure, text_of
 from rock.errors import RockError
 from rock.http.asgi import Answer, Request
 
@@ -206,6 +206,9 @@ async def _stream(request: Request, first: Message | None, events: Events, inter
                     found = done.result()
                 except (RpcError, RockError) as error:
                     failed = error
+                    break
+                except NotRunning:
+                    failed = RpcError("unavailable", GONE)
                     break
                 if found is None:
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import time
@@ -15,7 +16,7 @@ from urllib.parse import parse_qsl, unquote
 from rock.admin.sandboxes.lifecycle import deadline_of
 from rock.admin.tenants import TenantService, TenantServices
 from rock.dialects.e2b import state
-from rock.dialects.e2b.builds import Builds
+from rock.dialects.e2b.builds import Builds, Template
 from rock.dialects.e2b.programs import Programs
 from rock.dialects.e2b.state import Options
 from rock.dialects.e2b.tokens import Tokens
@@ -137,30 +138,37 @@ class Control:
             raise InvalidConfig("the header Idempotency-Key is not 1 to 255 letters, digits, '-' and '_'",
                                 hint="use a UUID")  # fmt: skip
         tenant = self._tenant(request)
-        image, snapshot, options = await self._template(tenant, spec.templateID)
+        image, snapshot, built = await self._template(tenant, spec.templateID)
+        options = self._options
+        if built is not None:
+            options = replace(options, cpus=built.cpus or options.cpus, memory=built.memory or options.memory)
         config = state.config_of(spec, options, image, snapshot)
         info = await tenant.create(config, None if key is None else f"e2b {key}", _START_WITHIN)
         if info.state is not State.RUNNING:
             raise NotFound(f"sandbox {info.sandbox_id} of this Idempotency-Key is {info.state.value}",
                            hint="use another key for another sandbox")  # fmt: skip
+        if built is not None and (built.start or built.ready):
+            try:
+                await self._builds.begin(built, info.sandbox_id, tenant.caller)
+            except BaseException:
+                await asyncio.shield(tenant.stop(info.sandbox_id))
+                raise
         return answer(self._view(request, await tenant.load(info.sandbox_id)), 201)
 
-    async def _template(self, tenant: TenantService, template: str) -> tuple[str, str | None, Options]:
-        """(image, snapshot, settings) of a template: one that was built, a snapshot by id or name, else an image by its
-        name."""
-        name = template.strip().removesuffix(":default")
+    async def _template(self, tenant: TenantService, name: str) -> tuple[str, str | None, Template | None]:
+        """(image, snapshot, template) of a name: of a template that was built, a snapshot by id or name, else an image
+        by its name."""
+        name = name.strip().removesuffix(":default")
         if not name or name in state.BASE:
-            return self._options.image, None, self._options
+            return self._options.image, None, None
         built = self._builds.find(tenant.caller, name)
         if built is not None:
-            own = replace(self._options, cpus=built.cpus or self._options.cpus,
-                          memory=built.memory or self._options.memory)  # fmt: skip
-            return self._builds.image_of(built, name), None, own
+            return self._builds.image_of(built, name), None, built
         if re.fullmatch(NAME_PATTERN, name):
             with contextlib.suppress(NotFound):
                 found = await tenant.get_snapshot(name)
-                return found.image, found.snapshot_id, self._options
-        return name, None, self._options
+                return found.image, found.snapshot_id, None
+        return name, None, None
 
     # ---- read ----
 
@@ -171,7 +179,8 @@ class Control:
             "domain": self.domain(request),
             "envdAccessToken": self._tokens.access(record.id, self._tenant(request).caller),
             "allowInternetAccess": config.network != "none",
-            "lifecycle": {"autoResume": False, "onTimeout": "pause" if config.on_timeout == "pause" else "kill"},
+            "lifecycle": {"autoResume": bool(record.info.labels.get(state.RESUMES)),
+                          "onTimeout": "pause" if config.on_timeout == "pause" else "kill"},
             "network": {"allowPublicTraffic": not record.info.labels.get(state.PRIVATE),
                         "allowOut": config.egress or [],
                         "denyOut": ["0.0.0.0/0"] if config.network == "none" or config.egress is not None else []},
@@ -272,6 +281,12 @@ class Control:
             await tenant.update(record.id, UpdateSandbox(timeout=state.lasting(spec.timeout)))
             await tenant.resume(record.id)
         return answer(self._view(request, await tenant.load(record.id)), 200 if record.info.paused_at is None else 201)
+
+    async def wake(self, tenant: TenantService, record: Record) -> None:
+        """Resume a sandbox that was paused, with the timeout of its create."""
+        timeout = record.config.timeout or state.TIMEOUT
+        await tenant.update(record.id, UpdateSandbox(timeout=state.lasting(timeout)))
+        await tenant.resume(record.id)
 
     # ---- snapshots and forks ----
 

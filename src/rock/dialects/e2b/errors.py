@@ -24,6 +24,7 @@ from rock.errors import (
 from rock.http.asgi import Answer, retry_after
 
 NOT_RUNNING = 502
+GONE = "The sandbox was not found"  # SDKs compare this text
 _STATUS: tuple[tuple[type[RockError], int], ...] = (
     (InvalidConfig, 400), (Unsupported, 400), (Unauthorized, 401), (Forbidden, 403), (PermissionDenied, 403),
     (NotFound, 404), (Conflict, 409), (QuotaExceeded, 429), (StorageFull, 507), (NoCapacity, 503), (Unavailable, 503),
@@ -90,7 +91,7 @@ def failure(error: RockError, message: str = "") -> Answer:
 
 def not_running(error: NotRunning) -> Answer:
     """The response from which SDKs conclude that a sandbox has ended."""
-    body = {"sandboxId": error.sandbox_id, "message": "The sandbox was not found", "code": NOT_RUNNING}
+    body = {"sandboxId": error.sandbox_id, "message": GONE, "code": NOT_RUNNING}
     return Answer(orjson.dumps(body), NOT_RUNNING, headers=[(b"should-retry", b"false")])
 
 

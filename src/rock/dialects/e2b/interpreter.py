@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
@@ -28,7 +29,6 @@ from rock.protocol.keys import Access
 
 PORT = 49999
 _PYTHON = ("python", "python3")
-_SOURCE = Path(guest.__file__)
 _DEFAULT = "default"
 _MOST = 64  # contexts of one sandbox
 _SANDBOXES = 2000  # sandboxes whose contexts are remembered
@@ -40,6 +40,12 @@ _ENDED = orjson.dumps({
     "type": "error", "name": "InterpreterEnded", "traceback": "",
     "value": "the interpreter ended: its code ended it, or it ran out of memory",
 }) + b"\n"  # fmt: skip
+
+
+@functools.cache
+def command_line() -> list[str]:
+    """The command line of an interpreter, which has its source."""
+    return ["python3", "-u", "-c", Path(guest.__file__).read_text()]
 
 
 class Execute(Body):
@@ -139,9 +145,8 @@ class Interpreter:
 
     async def _start(self, call: Call, context: Context) -> None:
         account = await call.accounts.find(call.sandbox, context.user)
-        source = await asyncio.to_thread(_SOURCE.read_text)
         env = {"HOME": account.home, "USER": account.name, "LOGNAME": account.name}
-        command = {"command": ["python3", "-u", "-c", source], "env": env, "cwd": context.cwd, "user": account.native,
+        command = {"command": command_line(), "env": env, "cwd": context.cwd, "user": account.native,
                    "timeout": None}  # fmt: skip
         try:
             made = await call.sandbox.json("start_process", command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -32,12 +33,12 @@ from rock.dialects.e2b.ports import forward, target_of
 from rock.dialects.e2b.process import SERVICE as PROCESS
 from rock.dialects.e2b.process import ProcessService
 from rock.dialects.e2b.programs import Programs
-from rock.dialects.e2b.state import PRIVATE, Options
+from rock.dialects.e2b.state import PRIVATE, RESUMES, Options
 from rock.dialects.e2b.terminals import Terminals
 from rock.dialects.e2b.tokens import Tokens
 from rock.dialects.e2b.watching import Watching
 from rock.errors import Forbidden, InvalidConfig, RockError, Unauthorized, no_such_route, unexpected
-from rock.http.asgi import Answer, App, Disconnected, Receive, Request, Router, Scope, Send, answer, deny
+from rock.http.asgi import Answer, App, Disconnected, Receive, Request, Router, Scope, Send, answer
 from rock.protocol.keys import GRANTED, Access, Caller, caller_of
 from rock.protocol.route import Route
 from rock.protocol.sandbox import ID_PATTERN, State
@@ -47,6 +48,7 @@ from rock.telemetry.context import CURRENT
 log = logging.getLogger("rock.e2b")
 PREFIX = "/e2b"
 DAEMON_PORT = 49983
+_REMEMBERED = 20_000
 _TEMPLATES = PREFIX + "/templates/"
 _ID = re.compile(ID_PATTERN)
 _SANDBOX, _PORT = b"e2b-sandbox-id", b"e2b-sandbox-port"
@@ -70,6 +72,7 @@ class E2B:
         self._options = options
         self._tokens = Tokens(secret, keys)
         self._tenants = tenants
+        self._known: OrderedDict[str, tuple[str, bool]] = OrderedDict()  # (tenant, autoResume) by sandbox id
         self._accounts = Accounts()
         self._programs = Programs()
         self.on_pausing, self.on_continued = self._programs.withdraw, self._programs.repeat
@@ -127,7 +130,8 @@ class E2B:
         if traffic and sandbox_id and headers.get(_PORT, b"") not in (b"", b"%d" % DAEMON_PORT):
             caller = await self._tokens.sender(sandbox_id, traffic)
             return scope if caller is None else {**scope, GRANTED: caller}
-        if scope["path"].startswith(_TEMPLATES) and b"token=" in raw and scope.get("method") == "PUT":
+        is_upload = scope["path"].startswith(_TEMPLATES) and scope.get("method") == "PUT"
+        if is_upload and not sandbox_id and b"token=" in raw:
             token = dict(parse_qsl(raw.decode("latin-1"))).get("token", "")
             caller = await self._tokens.uploader(scope["path"].rpartition("/")[2], token)
             return scope if caller is None else {**scope, GRANTED: caller}
@@ -138,7 +142,8 @@ class E2B:
         signed = await self._tokens.signer(query, operation, sandbox_id)
         if signed is None:
             return scope
-        named = [header for header in scope["headers"] if header[0] not in (_SANDBOX, _PORT)]
+        # the signature covers the user, so none may be named by another header
+        named = [header for header in scope["headers"] if header[0] not in (_SANDBOX, _PORT, b"authorization")]
         named += [(_SANDBOX, signed[0].encode()), (_PORT, b"%d" % DAEMON_PORT)]
         path = PREFIX + "/files"
         return {**scope, "path": path, "raw_path": path.encode(), "headers": named, GRANTED: signed[1]}
@@ -157,7 +162,7 @@ class E2B:
             await _respond(scope, receive, send, failure(refused))
             return
         caller = Caller(record.tenant, frozenset({Access.READ, Access.RUN}))
-        await forward(self._data, scope, receive, send, sandbox_id, port, scope["path"], caller)
+        await forward(self._data, scope, receive, send, sandbox_id, port, "", caller)
 
     # ---- behind authentication ----
 
@@ -195,18 +200,20 @@ class E2B:
                 raise NotRunning(sandbox_id[:128])
             if (context := CURRENT.get()) is not None:
                 context.route, context.sandbox_id = context.route or "e2b", sandbox_id
+            await self._check(scope, sandbox_id)
             port = _port(headers.get(_PORT, b"").decode("latin-1"))
             if port in (DAEMON_PORT, INTERPRETER_PORT) and scope["type"] == "http":
                 await self._inside(port, path, request, sandbox_id, track)
             else:
                 caller = caller_of(scope)
                 caller.require(Access.RUN)
-                await forward(self._data, scope, receive, track, sandbox_id, port, path, caller)
+                await forward(self._data, scope, receive, track, sandbox_id, port, PREFIX, caller)
         except Disconnected:
             return
         except NotRunning as error:
-            if started:
-                raise
+            if started:  # the broken connection is the remaining signal
+                log.info("sandbox %s ended during %s", sandbox_id, path)
+                return
             await _respond(scope, receive, send, not_running(error))
         except RpcError as error:
             if started:
@@ -216,7 +223,7 @@ class E2B:
             if started:
                 raise
             reply = rpc_failure(rpc_code(error), text_of(error)) if rpc else failure(error)
-            await _respond(scope, receive, send, reply, error)
+            await _respond(scope, receive, send, reply)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -224,6 +231,27 @@ class E2B:
                 raise
             log.exception("%s %s", scope.get("method"), scope["path"])
             await _respond(scope, receive, send, failure(unexpected(error)))
+
+    async def _check(self, scope: Scope, sandbox_id: str) -> None:
+        """NotRunning for a sandbox of another tenant: what this server holds of it, such as terminals, is found by the
+        id alone. A paused sandbox with autoResume is resumed. Neither the tenant nor autoResume changes."""
+        tenant, record = caller_of(scope).tenant, None
+        known = self._known.get(sandbox_id)
+        if known is None:
+            record = await self._load(sandbox_id)
+            if record is None:
+                raise NotRunning(sandbox_id)
+            known = self._known[sandbox_id] = record.tenant, bool(record.info.labels.get(RESUMES))
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        owner, resumes = known
+        if tenant is not None and owner != tenant:
+            raise NotRunning(sandbox_id)
+        if resumes:
+            record = record or await self._load(sandbox_id)
+            if record is not None and record.state is State.RUNNING and record.info.paused_at is not None:
+                caller_of(scope).require(Access.RUN)
+                await self._control.wake(self._tenants(scope), record)
 
     async def _controlled(self, path: str, request: Request) -> Answer:
         """A request to the control plane."""
@@ -297,12 +325,17 @@ def _port(text: str) -> int:
     return int(text)
 
 
-async def _respond(
-    scope: Scope, receive: Receive, send: Send, reply: Answer, error: RockError | None = None
-) -> None:
+async def _respond(scope: Scope, receive: Receive, send: Send, reply: Answer) -> None:
     """Send a response, also to the handshake of a WebSocket."""
     if scope["type"] == "http":
         await reply.send(send)
-    else:
-        await receive()
-        await deny(scope, send, error or InvalidConfig("the sandbox does not run", hint="create another one"))
+        return
+    await receive()
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1011, "reason": f"status {reply.status}"})
+        return
+
+    async def translate(message: MutableMapping[str, Any]) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await reply.send(translate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import quote
 
 from rock.dialects.e2b.errors import PortClosed, failure, not_running, port_closed
 from rock.dialects.e2b.native import raised
@@ -29,13 +30,15 @@ def target_of(scope: Scope, domain: str) -> tuple[int, str] | None:
 
 
 async def forward(
-    data: App, scope: Scope, receive: Receive, send: Send, sandbox_id: str, port: int, path: str, caller: Caller
+    data: App, scope: Scope, receive: Receive, send: Send, sandbox_id: str, port: int, prefix: str, caller: Caller
 ) -> None:
-    """Forward a request or a WebSocket to a port. The credentials of the sandbox do not reach the program."""
-    target = f"/v1/sandboxes/{sandbox_id}/ports/{port}{path if path.startswith('/') else '/' + path}"
+    """Forward a request or a WebSocket to a port, without this prefix of the path and the credentials of E2B."""
+    target = f"/v1/sandboxes/{sandbox_id}/ports/{port}"
     headers = [header for header in scope["headers"] if header[0] not in _OWN]
-    raw = target.encode("utf-8", "surrogateescape")
-    inner = {**scope, "path": target, "raw_path": raw, "headers": headers, CALLER: caller}
+    path: str = scope["path"]
+    raw: bytes = scope.get("raw_path") or quote(path).encode()
+    inner = {**scope, "path": target + path.removeprefix(prefix), CALLER: caller, "headers": headers,
+             "raw_path": target.encode() + raw.removeprefix(prefix.encode())}  # fmt: skip
     if scope["type"] != "http":
         await data(inner, receive, send)
         return

@@ -11,6 +11,7 @@ from rock.dialects.e2b import connect
 from rock.dialects.e2b.call import Call
 from rock.dialects.e2b.connect import Envelopes, Events, Message
 from rock.dialects.e2b.errors import RpcError, text_of
+from rock.dialects.e2b.interpreter import command_line
 from rock.dialects.e2b.programs import KEPT, Program, Programs
 from rock.dialects.e2b.terminals import Terminal, Terminals
 from rock.errors import InvalidConfig, NotFound
@@ -72,7 +73,7 @@ class ProcessService:
             assert size is not None
             terminal, output = await self._terminals.start(call.sandbox, program, env, cwd, account.native, size,
                                                            seconds)  # fmt: skip
-            async with aclosing(self._follow_terminal(terminal, output)) as events:
+            async with aclosing(self._follow_terminal(call, terminal, output)) as events:
                 async for event in events:
                     yield event
             return
@@ -92,7 +93,7 @@ class ProcessService:
     async def _connect(self, call: Call, message: Message) -> Events:
         found = await self._find(call, message)
         if isinstance(found, Terminal):
-            async with aclosing(self._follow_terminal(found, found.subscribe())) as events:
+            async with aclosing(self._follow_terminal(call, found, found.subscribe())) as events:
                 async for event in events:
                     yield event
             return
@@ -117,7 +118,7 @@ class ProcessService:
             raise RpcError("deadline_exceeded", "the time limit of the program was over: it was killed")
         yield _event("end", _end(info))
 
-    async def _follow_terminal(self, terminal: Terminal, queue: asyncio.Queue[bytes]) -> Events:
+    async def _follow_terminal(self, call: Call, terminal: Terminal, queue: asyncio.Queue[bytes]) -> Events:
         try:
             yield _event("start", {"pid": terminal.program.pid})
             async with aclosing(terminal.output(queue)) as output:
@@ -127,6 +128,8 @@ class ProcessService:
             terminal.leave(queue)
         if terminal.program.expired:
             raise RpcError("deadline_exceeded", "the time limit of the terminal was over: it was closed")
+        if terminal.exit_code is None and terminal.signal is None:
+            await call.sandbox.read("list_processes")  # NotRunning: it has ended with its sandbox
         yield _event("end", _end({"exit_code": terminal.exit_code, "signal": terminal.signal}))
 
     # ---- unary calls ----
@@ -135,7 +138,7 @@ class ProcessService:
         known = self._programs.of(call.sandbox.id)
         listed = await call.sandbox.json("list_processes")
         found = [known.get(item["process_id"]) or _of_native(call.sandbox.id, item)
-                 for item in listed["items"] if item["running"]]  # fmt: skip
+                 for item in listed["items"] if item["running"] and item["command"] != command_line()]  # fmt: skip
         found += [terminal.program for terminal in self._terminals.of(call.sandbox.id)]
         return {"processes": [_described(program) for program in found]}
 

@@ -28,6 +28,7 @@ Output = asyncio.Queue[tuple[str, bytes] | Exception | None]
 KEPT = 30.0  # seconds for which the end of a program can be read
 _WAIT = 60.0  # seconds of a request that waits
 _PIECE = 128 << 10  # bytes of output in one event
+_MOST_ENDED = 256  # ended programs of all sandboxes that are kept
 _MOST_GATES = 4096  # above which those without requests are removed
 
 
@@ -97,6 +98,7 @@ class Programs:
     def __init__(self) -> None:
         self._known: dict[str, dict[str, Program]] = {}
         self._gates: OrderedDict[str, Gate] = OrderedDict()
+        self._ended: list[asyncio.Event] = []  # of ended programs that are kept, the oldest first
 
     async def close(self) -> None:
         """The programs continue without this server."""
@@ -152,7 +154,7 @@ class Programs:
         try:
             while await self._runs(sandbox, program):
                 pass
-            await asyncio.sleep(KEPT)
+            await self._keep()
             with contextlib.suppress(NotFound):
                 await sandbox.json("forget_process", process_id=program.id)
         except NotRunning:
@@ -165,6 +167,20 @@ class Programs:
             known.pop(program.id, None)
             if not known:
                 self._known.pop(program.sandbox_id, None)
+
+    async def _keep(self) -> None:
+        """Wait until an ended program may be removed: it has open descriptors and a log in the server."""
+        over = asyncio.Event()
+        self._ended.append(over)
+        if len(self._ended) > _MOST_ENDED:
+            self._ended[0].set()
+        try:
+            async with asyncio.timeout(KEPT):
+                await over.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._ended.remove(over)
 
     async def _runs(self, sandbox: Sandbox, program: Program) -> bool:
         """Wait for the end or the time limit; whether it may still run."""

@@ -20,7 +20,7 @@ TIMEOUT = 300.0  # seconds of a sandbox whose client names no timeout
 _LONGEST = 1 << 32
 CLIENT = "rock"
 OWN = "rock.e2b."  # prefix of labels that are not metadata
-TEMPLATE, PRIVATE = OWN + "template", OWN + "private"
+TEMPLATE, PRIVATE, RESUMES = OWN + "template", OWN + "private", OWN + "resumes"
 BASE = ("base", "code-interpreter-v1")  # templates that are the server's default image
 NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 
@@ -44,7 +44,7 @@ class Options:
 class Body(BaseModel):
     """Base of request bodies: unknown fields are rejected, because an option must not be ignored."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class Timeout(Body):
@@ -131,8 +131,9 @@ def config_of(spec: NewSandbox, options: Options, image: str, snapshot: str | No
     """The config of a new sandbox. Unsupported names an option that the server does not have."""
     if spec.autoPause and spec.autoPauseMemory is False:
         raise _refuse("autoPauseMemory=false (a pause without memory)", "leave it out")
-    if spec.autoResume is not None and spec.autoResume.enabled:
-        raise _refuse("autoResume (lifecycle.auto_resume)", "call connect to resume the sandbox")
+    resumes = spec.autoResume is not None and spec.autoResume.enabled
+    if resumes and not spec.autoPause:
+        raise InvalidConfig("autoResume is for sandboxes with autoPause", hint="set autoPause too, or leave it out")
     if spec.mcp:
         raise _refuse("mcp", "start the MCP server as a command in the sandbox")
     if spec.iam:
@@ -144,6 +145,8 @@ def config_of(spec: NewSandbox, options: Options, image: str, snapshot: str | No
     labels = {**spec.metadata, TEMPLATE: spec.templateID}
     if spec.network is not None and spec.network.allowPublicTraffic is False:
         labels[PRIVATE] = "1"
+    if resumes:
+        labels[RESUMES] = "1"
     values: dict[str, Any] = {
         "image": image, "memory": options.memory, "cpus": options.cpus, "auto_clear_seconds": 0,
         "timeout": lasting(spec.timeout), "env": spec.envVars, "labels": labels, "network": network,
