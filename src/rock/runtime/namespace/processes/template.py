@@ -22,7 +22,7 @@ from typing import Any
 
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import kernel, ptrace, seccomp, switch
-from rock.runtime.namespace.processes import capture, rebuild, starting, state
+from rock.runtime.namespace.processes import capture, rebuild, starting, state, traced
 from rock.runtime.namespace.processes.address_space import TooMany
 from rock.runtime.namespace.processes.capture import Reserved
 
@@ -113,7 +113,7 @@ class Template:
                 "keys": [one.key for one in tree.programs]}
 
     def _hold(self, tree: state.Tree, memory: Reserved) -> None:
-        rebuild.prepare_room(memory)
+        traced.prepare_room(memory)
         self._tree, self._memory = tree, memory
 
     def _load(self, folder: str) -> None:
@@ -135,14 +135,15 @@ class Template:
         made: list[rebuild.Rebuilt] = []
         waiting: list[starting.Waiting] = []
         reading, writing = os.pipe2(os.O_CLOEXEC)
-        descriptors = Descriptors(tree)
+        descriptors, entrant = Descriptors(tree), starting.Entrant()
         try:
             descriptors.make(streams)
-            waiting = starting.start(tree, target, descriptors.found, reading, memory.address)
+            waiting = starting.start(tree, target, descriptors.found, reading, memory.address, entrant)
             for one in waiting:
                 made.append(rebuild.Rebuilt(one))
             for each in made:
-                each.build(tree, memory, self._filter, target.pid)
+                each.build(tree, memory, self._filter, target.pid, entrant.choose)
+            entrant.close()
             for each in reversed(made):
                 each.go()
             waiting = []
@@ -155,6 +156,7 @@ class Template:
             descriptors.close()
             os.close(reading)
             os.close(writing)
+            entrant.close()
             _reap()
         return {"started": len(made), "seconds": time.monotonic() - began}
 
