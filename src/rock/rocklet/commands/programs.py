@@ -411,14 +411,14 @@ class Background:
                     await self._grown.wait_for(lambda: self.status is not None or self._sizes[stream] > offset)
             except TimeoutError:
                 pass
-        running = self.status is None
+        running, size = self.status is None, self._sizes[stream]  # it may grow while the thread reads
         try:
             data = await asyncio.to_thread(_read_at, self._folder / stream, offset, limit)
         except FileNotFoundError:
-            self._lost[stream] = self._sizes[stream]
+            self._lost[stream] = size
             data = b""
-        if not data and offset < self._sizes[stream]:
-            self._lost[stream] = max(self._lost[stream], self._sizes[stream])  # the log was truncated
+        if not data and offset < size:
+            self._lost[stream] = max(self._lost[stream], size)  # the log was truncated
         self._check_there(stream, offset)
         return data, running or offset + len(data) < self._sizes[stream]
 
