@@ -127,7 +127,7 @@ ctypes.CDLL(None).prctl(15, b") R 1 1 1\n1", 0, 0, 0)
                 "[(one.tell(), one.seek(0), one.read()) for one in named]", "os.getcwd()", "view[3990:4010]",
                 "open('/proc/self/comm').read()", "[os.readlink(f'/proc/self/fd/{one.fileno()}') for one in named]",
             ])  # fmt: skip
-            assert "(6, 0, 'file 6')" in found[0] and "b'dmappedmapchangedppe'" in found[2] or "changed" in found[2]
+            assert ("(6, 0, 'file 6')" in found[0] and "b'dmappedmapchangedppe'" in found[2]) or "changed" in found[2]
 
     run(main())
 
@@ -192,7 +192,7 @@ signal.signal(signal.SIGVTALRM, lambda *_: None)
 """
 
     async def main() -> None:
-        async with forking(tmp_path) as (runtime, box):
+        async with forking(tmp_path) as (_, box):
             process = await prepared(box, loop + strange)
             find = "open(f'/proc/{spinner}/syscall').read().split()[0], open(f'/proc/{spinner}/comm').read()"
             found = await copied(box, process, [find, "round(signal.getitimer(1)[0], -3)"])
