@@ -278,6 +278,66 @@ def test_an_event_loop_continues(tmp_path: Path) -> None:
     run(main())
 
 
+THREADS = r"""
+import os, queue, sys, threading, time
+work, done, lock, gate = queue.Queue(), queue.Queue(), threading.Lock(), threading.Event()
+ticks = [0]
+local = threading.local()
+def worker(number):
+    local.number = number
+    while True:
+        item = work.get()
+        with lock: done.put((local.number, threading.get_native_id(), item * 2))
+def ticker():
+    while True: time.sleep(0.01); ticks[0] += 1
+def counter():
+    total = 0.5
+    while not gate.is_set(): total = total * 1.0000001
+    done.put(("spun", total > 0.5))
+threads = [threading.Thread(target=worker, args=(number,), daemon=True) for number in range(4)]
+threads += [threading.Thread(target=ticker, daemon=True), threading.Thread(target=counter)]
+for one in threads: one.start()
+def ask(count):
+    for number in range(count): work.put(number)
+    return sorted(item for _, _, item in (done.get() for _ in range(count)))
+def ids(): return sorted(int(name) for name in os.listdir("/proc/self/task"))
+def moving():
+    before = ticks[0]
+    while ticks[0] == before: time.sleep(0.001)
+    return True
+for line in sys.stdin: print(repr(eval(line)), flush=True)
+gate.set()
+threads[-1].join(); print(done.get(), flush=True)
+"""
+
+
+def test_threads_continue(tmp_path: Path) -> None:
+    """Waiting for a lock, asleep, and computing; with thread-local variables, the same numbers, and joins."""
+
+    async def main() -> None:
+        async with forking(tmp_path) as (runtime, box):
+            await put(box, "/work/threads.py", THREADS.encode())
+            process = await box.spawn("python3", "-u", "/work/threads.py", stdin="pipe", key="process:threads",
+                                      keep=True)  # fmt: skip
+            questions = ["ask(20)", "ids()", "moving()", "[one.native_id for one in threads]"]
+            assert await ask(process, "ask(8)") == "[0, 2, 4, 6, 8, 10, 12, 14]"
+            assert await runtime.refusals(box.handle) == []
+            await runtime.checkpoint(box.handle, A, "auto", processes=True)
+            expected = [await ask(process, question) for question in questions]
+            assert expected[1].count(",") == 6
+            for number in range(3):
+                one = await child(runtime, f"child{number}")
+                copy = await attached(one, "process:threads")
+                assert [await ask(copy, question) for question in questions] == expected
+                await copy.close_stdin()
+                assert copy.stdout is not None and await until_line(copy.stdout) == b"('spun', True)\n"
+                assert (await copy.wait()).code == 0
+                await end(one)
+            assert await ask(process, "ask(2)") == "[0, 2]"
+
+    run(main())
+
+
 def test_children_are_copied_again_and_return(tmp_path: Path) -> None:
     async def main() -> None:
         async with forking(tmp_path) as (runtime, box):

@@ -192,7 +192,7 @@ signal.signal(signal.SIGVTALRM, lambda *_: None)
 """
 
     async def main() -> None:
-        async with forking(tmp_path) as (_runtime, box):
+        async with forking(tmp_path) as (_, box):
             process = await prepared(box, loop + strange)
             find = "open(f'/proc/{spinner}/syscall').read().split()[0], open(f'/proc/{spinner}/comm').read()"
             found = await copied(box, process, [find, "round(signal.getitimer(1)[0], -3)"])

@@ -25,6 +25,7 @@ from rock.protocol.sandbox import Cause, Phase, SandboxConfig, Usage
 from rock.rocklet.commands import programs
 from rock.rocklet.commands.registry import Sessions
 from rock.rocklet.commands.shell_process import Shell
+from rock.rocklet.durability.checksums import Slot
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.environments.host import ENV_LEASE, EnvHost
 from rock.rocklet.gateway_port import GatewayPort
@@ -159,21 +160,22 @@ class Supervisor:
         if record.get("paused") and isinstance(self.runtime, Pauses):
             self.paused = True
             await self.runtime.pause(self.handle)  # the crash may have come before it
-        await self.attach_processes(record.get("processes", {}))
+        await self.attach_processes(record.get("processes", {}), found=self.spools.found)
         self._env_host_kept = EnvHost.KEY in kept
         if record.get("gateway_port"):
             with contextlib.suppress(RockError):
                 await self.gateway_port.open(int(record["gateway_port"]))
 
-    async def attach_processes(self, known: Mapping[str, Any]) -> None:
-        """Attach to background processes of which these are the commands and start times; ended ones are omitted."""
+    async def attach_processes(self, known: Mapping[str, Any], found: Mapping[int, Slot] | None = None) -> None:
+        """Attach to background processes of which these are the commands and start times; ended ones are omitted.
+        found: the sizes of their logs, of an earlier rocklet process."""
         for key, entry in known.items():
             with contextlib.suppress(RockError):
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
                 folder = self._state_dir.logs(self.id) / key
                 folder.mkdir(parents=True, exist_ok=True)
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
-                                                          marks=self.spools.marks, found=self.spools.found)  # fmt: skip
+                                                          marks=self.spools.marks, found=found)  # fmt: skip
         self.expected = {}
 
     async def open_gateway_port(self, port: int | None) -> int:

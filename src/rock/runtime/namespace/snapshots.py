@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -126,6 +127,8 @@ class Snapshots:
     def _settle(self, slot: str) -> None:
         """A crash came during a switch: the device number of the root tells whether it happened."""
         folder = f"{self._slots.run_dir}/{slot}"
+        with contextlib.suppress(FileNotFoundError), open(f"{folder}/{switch.LOCK}", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until a template has completed it, or has ended
         try:
             with open(f"{folder}/{switch.JOURNAL}", encoding="utf-8") as file:
                 journal = json.load(file)

@@ -21,6 +21,7 @@ from rock.runtime.namespace.launcher import furnish, kernel, mounts, process_fil
 from rock.runtime.namespace.launcher.process_files import Found
 
 JOURNAL = "switch"
+LOCK = "switching"  # held during a switch by a process that outlives the launcher
 _PATIENCE = 0.25  # seconds in which all processes have to be stopped, and again in which they have to be examined
 _MOST_FILES = 2000
 _OPEN, _CLOSE, _LSEEK, _CHDIR, _DUP3, _FCNTL = 2, 3, 8, 80, 292, 72  # x86_64

@@ -107,7 +107,19 @@ def _process(one: Found, found: Inventory, runs: Sequence[state.Run]) -> state.P
         actions=own.actions, ignored=int(status["SigIgn"], 16), alternate_stack=own.alternate_stack,
         timers=own.timers, tid_address=own.tid_address, subreaper=own.subreaper, death_signal=own.death_signal,
         dumpable=own.dumpable, personality=int(_text(f"/proc/{pid}/personality"), 16),
-        descriptors=found.descriptors[pid])  # fmt: skip
+        descriptors=found.descriptors[pid], threads=[_thread(tid) for tid in one.threads])  # fmt: skip
+
+
+def _thread(tid: int) -> state.Thread:
+    extended, rseq, robust = register_set(tid, _XSTATE), rseq_of(tid), _robust_list(tid)
+    with ptrace.Injection(tid) as thread:
+        thread.call(NUMBERS["prctl"], _PR["tid_address"], thread.put(bytes(8)), 0, 0, 0)
+        address = int(struct.unpack("=Q", thread.fetch(8))[0])
+        thread.call(NUMBERS["sigaltstack"], 0, thread.put(bytes(24)))
+        stack = thread.fetch(24)
+        registers, blocked = thread.registers, thread.blocked
+    return state.Thread(inventory.inside(tid), inventory.comm(tid), registers, extended, blocked, rseq, robust, stack,
+                        address)  # fmt: skip
 
 
 class _Own:

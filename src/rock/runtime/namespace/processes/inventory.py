@@ -25,6 +25,7 @@ from rock.runtime.namespace.processes.state import Description
 from rock.runtime.namespace.processes.unix_sockets import UnixSockets
 
 MOST_PROCESSES = 64
+MOST_THREADS = 512
 _MOST_DESCRIPTORS = 2000
 _MOST_PIPE = 1 << 20  # bytes
 _KCMP, _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL = 312, 0, 1, 2, 3, 7
@@ -38,7 +39,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Found(NamedTuple):
-    """A process as /proc shows it. outside: its number outside of the sandbox."""
+    """A process as /proc shows it. outside: its number outside of the sandbox. threads: those of the others than its
+    first thread."""
 
     outside: int
     pid: int
@@ -52,6 +54,7 @@ class Found(NamedTuple):
     program: str
     folder: str
     nice: int
+    threads: Sequence[int]
 
 
 class Inventory:
@@ -64,9 +67,10 @@ class Inventory:
         self.descriptions: list[Description] = []
         self.pipes: list[state.Pipe] = []
         self.descriptors: dict[int, list[tuple[int, int, int]]] = {}  # by number outside
+        self._threads = 0
         self._first = first
         self._pids = [pid for pid in pids if pid != first]
-        self._inside = {pid: _inside(pid) for pid in (first, *self._pids)}
+        self._inside = {pid: inside(pid) for pid in (first, *self._pids)}
         self._mounts = {one.number: one.kind for one in process_files.mounts(first)}
         self._known: dict[tuple[str, int], list[tuple[int, int, int]]] = {}  # by link and flags: pid, number, index
         self._pipes: dict[str, int] = {}
@@ -97,12 +101,18 @@ class Inventory:
         status = process_files.status(pid)
         fields = _stat(pid)
         parent, group, session = (self._inside.get(int(fields[n - 3]), 0) for n in (4, 5, 6))
-        inside = self._inside[pid]
+        number = self._inside[pid]
         problems = list(_of_process(status, fields, pid))
-        if parent == 1 and inside not in roots:
+        if parent == 1 and number not in roots:
             problems.append("belongs to a request that is in progress")
         if not parent:
             problems.append("has a parent that ended")
+        threads = sorted(int(text) for text in os.listdir(f"/proc/{pid}/task") if int(text) != pid)
+        self._threads += len(threads)
+        if self._threads > MOST_THREADS:
+            problems.append(f"has more than {MOST_THREADS} threads, with those of the other processes")
+        else:
+            problems += dict.fromkeys(problem for tid in threads for problem in _of_thread(pid, tid, status))
         memory = [int(fields[n - 3]) if n else 0 for n in _MEMORY_FIELDS]
         mapped: list[Mapping] = []
         try:
@@ -125,10 +135,12 @@ class Inventory:
         self.descriptors[pid] = []
         problems += self._of_descriptors(pid)
         self.problems += [f"{name} {problem}" for problem in problems]
-        if any(int(status.get(pending, "0"), 16) for pending in ("SigPnd", "ShdPnd")):
+        signals = [process_files.status(tid).get("SigPnd", "0") for tid in (pid, *threads)]
+        signals.append(status.get("ShdPnd", "0"))
+        if any(int(text, 16) for text in signals):
             self.passing.append(f"{name} has a pending signal")
-        self.processes.append(Found(pid, inside, parent, session, group, _comm(pid), status, memory, mapped,
-                                    program, folder, int(fields[19 - 3])))
+        self.processes.append(Found(pid, number, parent, session, group, comm(pid), status, memory, mapped,
+                                    program, folder, int(fields[19 - 3]), threads))
 
     # ---- memory ----
 
@@ -316,8 +328,6 @@ class Inventory:
 
 def _of_process(status: Dictionary[str, str], fields: Sequence[str], pid: int) -> list[str]:
     problems = []
-    if status.get("Threads") != "1":
-        problems.append(f"has {status.get('Threads')} threads")
     own = int(process_files.status(os.getpid()).get("Seccomp_filters", "0"))  # of a container, which a copy has too
     if status.get("NoNewPrivs") != "1" or status.get("Seccomp_filters") != str(own + 1):
         problems.append("has a system call filter of its own")
@@ -332,6 +342,23 @@ def _of_process(status: Dictionary[str, str], fields: Sequence[str], pid: int) -
     return problems
 
 
+_OF_ALL_THREADS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs",
+                   "Seccomp_filters")  # fmt: skip
+
+
+def _of_thread(pid: int, tid: int, first: Dictionary[str, str]) -> list[str]:
+    """Reasons against a copy of a thread other than the first one."""
+    problems = []
+    status, fields = process_files.status(tid), _stat(tid)
+    if any(status.get(name) != first.get(name) for name in _OF_ALL_THREADS):
+        problems.append("has threads with different rights")
+    if int(fields[41 - 3]):
+        problems.append("has threads with a scheduling policy of their own")
+    if not all(_kcmp(pid, tid, kind, 0, 0) for kind in (_KCMP_FILES, _KCMP_FS)):
+        problems.append("has threads with descriptors or directories of their own")
+    return problems
+
+
 def capabilities(status: Dictionary[str, str]) -> list[int]:
     """Inheritable, permitted, effective, bounding, ambient."""
     return [int(status.get(name, "0"), 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")]
@@ -343,13 +370,14 @@ def _stat(pid: int) -> list[str]:
         return file.read().rpartition(b")")[2].decode().split()
 
 
-def _comm(pid: int) -> str:
+def comm(pid: int) -> str:
     """The name of a process, which may have any bytes."""
     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape", newline="") as file:
         return file.read().removesuffix("\n")
 
 
-def _inside(pid: int) -> int:
+def inside(pid: int) -> int:
+    """The number of a process or thread in its innermost pid namespace."""
     return int(process_files.status(pid)["NSpid"].split()[-1])
 
 

@@ -11,28 +11,21 @@ library only.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import resource
 import signal
 import struct
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from rock.runtime.namespace.launcher import ptrace
 from rock.runtime.namespace.processes import address_space, capture
 from rock.runtime.namespace.processes.address_space import PAGE, Mapping
-from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
+from rock.runtime.namespace.processes.capture import Reserved
 from rock.runtime.namespace.processes.starting import Failed, Waiting
-from rock.runtime.namespace.processes.state import Description, Process, Run, Tree, is_parked
+from rock.runtime.namespace.processes.state import Description, Process, Run, Thread, Tree, is_parked
+from rock.runtime.namespace.processes.traced import ORIG_RAX, PRSTATUS, RAX, RIP, WORD, XSTATE, Table, Traced, write
 
-# mov rax and the six arguments from [r12]; syscall; store rax; next row; stop at an error, or after r13 rows
-_LOOP = bytes.fromhex("498b0424 498b7c2408 498b742410 498b542418 4d8b542420 4d8b442428 4d8b4c2430 0f05 4989442438"
-                      "4983c440 483d01f0ffff 7305 49ffcd 75c6 cc")  # fmt: skip
-_ROW = 64
-_UNWRITTEN = 1 << 40
 _PRIVATE, _SHARED, _FIXED, _ANONYMOUS, _GROWS, _STACK, _NORESERVE = 2, 1, 0x10, 0x20, 0x100, 0x20000, 0x4000
 _MOVE = 3  # MREMAP_MAYMOVE | MREMAP_FIXED
 _AT_FDCWD = -100
@@ -42,73 +35,9 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_NAME, _PR_CAPBSET
 _PR_SET_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAP_LAST = 63
 _RSEQ_UNREGISTER = 1
-_PRSTATUS, _XSTATE = 1, 0x202
-_CONT, _SINGLESTEP, _DETACH, _SEIZE, _INTERRUPT, _GETEVENTMSG = 7, 9, 17, 0x4206, 0x4207, 0x4201
-_SETREGSET, _SETSIGMASK = 0x4205, 0x420B
-_EXITKILL = 0x100000
-_R13, _R12, _RAX, _RSI, _RDI, _ORIG_RAX, _RIP = 2, 3, 10, 13, 14, 15, 16
 _RESTARTS = (-512, -513, -514, -516)  # ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK
 _RESTART_SYSCALL = 219
-_WORD = (1 << 64) - 1
-_ALL_BLOCKED = struct.pack("=Q", _WORD & ~(1 << (signal.SIGTRAP - 1)))
-_PATIENCE = 20.0  # seconds
-_CHUNK = 1 << 20
-
-
-class Table:
-    """System calls, and the data that they point to, for the room at an address."""
-
-    def __init__(self, room: int) -> None:
-        self.rows: list[tuple[str, tuple[int, ...]]] = []
-        self._room = room
-        self._data = bytearray()
-
-    def call(self, name: str, *arguments: int) -> None:
-        self.rows.append((name, arguments))
-
-    def put(self, data: bytes) -> int:
-        """Store data; returns its address."""
-        place = len(self._data)
-        self._data += data + bytes(-len(data) % 8)
-        if len(self._data) > Reserved.ROOM // 2:
-            raise Failed("a process has too much state")
-        return self._room + Reserved.ROOM // 2 + place
-
-    def path(self, path: str) -> int:
-        return self.put(os.fsencode(path) + b"\0")
-
-    def write(self, memory: int) -> None:
-        """Write the table into the memory of a process, by its descriptor."""
-        packed = b"".join(struct.pack("=8Q", NUMBERS[name], *(value & _WORD for value in _six(arguments)), _UNWRITTEN)
-                          for name, arguments in self.rows)  # fmt: skip
-        if len(packed) > Reserved.ROOM // 2 - PAGE:
-            raise Failed("a process has too many mappings")
-        _write(memory, packed, self._room + PAGE)
-        _write(memory, bytes(self._data), self._room + Reserved.ROOM // 2)
-
-    def results(self, memory: int) -> list[int]:
-        data = os.pread(memory, _ROW * len(self.rows), self._room + PAGE)
-        return [found[7] for found in struct.iter_unpack("=8q", data)]
-
-
-def _six(arguments: tuple[int, ...]) -> tuple[int, ...]:
-    return (*arguments, *([0] * (6 - len(arguments))))
-
-
-def _write(memory: int, data: bytes | memoryview, address: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(memory, view[:_CHUNK], address)
-        view, address = view[count:], address + count
-
-
-def prepare_room(memory: Reserved) -> None:
-    """Map the room in this process, whose copies then have it. OSError."""
-    capture.map_fixed(memory.room, Reserved.ROOM, 3)
-    ctypes.memmove(memory.room, _LOOP, len(_LOOP))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(memory.room), ctypes.c_size_t(PAGE), 5) < 0:
-        raise OSError(ctypes.get_errno(), "the room cannot be made executable")
+_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
 
 
 # ---- the table ----
@@ -292,125 +221,106 @@ def _not_active(stack: bytes) -> bytes:
 
 def _rest(table: Table, one: Process, places: Places) -> None:
     table.call("umask", one.umask)
-    table.call("prctl", _PR_SET_NAME, table.put(one.name.encode("utf-8", "surrogateescape")[:15] + b"\0"))
     if one.personality:
         table.call("personality", one.personality)
     table.call("prctl", _PR_SET_SUBREAPER, int(one.subreaper))
     table.call("prctl", _PR_SET_PDEATHSIG, one.death_signal)
     if one.dumpable in (0, 1):
         table.call("prctl", _PR_SET_DUMPABLE, one.dumpable)
-    if one.robust_list[0]:
-        table.call("set_robust_list", one.robust_list[0], one.robust_list[1])
-    table.call("set_tid_address", one.tid_address)
-    if one.rseq[1]:
-        table.call("rseq", one.rseq[0], one.rseq[1], 0, one.rseq[3])
+    _of_thread(table, one)
     for which, value in enumerate(one.timers):
         if any(value[16:]):
             table.call("setitimer", which, table.put(value), 0)
     for number, ((soft, hard), (_, most)) in enumerate(zip(one.limits, places.limits, strict=True)):
         own = _least(hard, most, resource.getrlimit(number)[1])
-        pair = [value & _WORD for value in (_least(soft, own), own)]
+        pair = [value & WORD for value in (_least(soft, own), own)]
         table.call("prlimit64", 0, number, table.put(struct.pack("=QQ", *pair)), 0)
     if places.filter:
         instructions = table.put(places.filter)
         table.call("seccomp", 1, 0, table.put(struct.pack("=HxxxxxxQ", len(places.filter) // 8, instructions)))
 
 
+def _of_thread(table: Table, one: Process | Thread) -> None:
+    """What each thread has for itself."""
+    table.call("prctl", _PR_SET_NAME, table.put(one.name.encode("utf-8", "surrogateescape")[:15] + b"\0"))
+    if one.robust_list[0]:
+        table.call("set_robust_list", one.robust_list[0], one.robust_list[1])
+    table.call("set_tid_address", one.tid_address)
+    if one.rseq[1]:
+        table.call("rseq", one.rseq[0], one.rseq[1], 0, one.rseq[3])
+
+
 # ---- execution ----
 
 
 class Rebuilt:
-    """A stopped process that is made into the copy of another one. `go` lets it run; `close` kills it before."""
+    """A waiting process that is made into the copy of another one. `go` lets it run."""
 
     def __init__(self, waiting: Waiting) -> None:
         """OSError, Failed."""
         self._waiting = waiting
-        self.pid = waiting.outside
-        self._memory = -1
-        ptrace.call(_SEIZE, self.pid, 0, _EXITKILL)
-        ptrace.call(_INTERRUPT, self.pid)
-        self._wait()
-        ptrace.call(_SETSIGMASK, self.pid, 8, _address(_ALL_BLOCKED))
-        self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        self._registers = capture.register_set(self.pid, _PRSTATUS)
+        self._first = Traced(waiting.outside)
+        self._threads: list[Traced] = []
 
-    def build(self, tree: Tree, memory: Reserved, program: bytes, first: int) -> None:
-        """program: the system call filter. first: pid 1 of its sandbox. OSError, Failed: then it has to be closed."""
-        own = [each for each in address_space.mappings(self.pid) if each.is_special]
-        places = Places(own, memory, capture.rseq_of(self.pid), program, capture.limits(first))
-        table = plan(self._waiting, tree, places)
-        table.write(self._memory)
-        self._execute(table, memory.room)
-        one = self._waiting.process
+    def build(self, tree: Tree, memory: Reserved, program: bytes, first: int, choose: Callable[[int], None]) -> None:
+        """program: the system call filter. first: pid 1 of its sandbox. choose: gives the next new thread a number.
+        OSError, Failed: then it has to be killed."""
+        pid, one = self._first.tid, self._waiting.process
+        own = [each for each in address_space.mappings(pid) if each.is_special]
+        places = Places(own, memory, capture.rseq_of(pid), program, capture.limits(first))
+        self._first.execute(plan(self._waiting, tree, places), memory.room)
         for run in one.runs:
             if (mapping := one.mappings[_mapping_of(one, run.start)]).is_file or not is_parked(mapping):
-                _write(self._memory, memory.view(run.place, run.end - run.start), run.start)
-        self._finish(memory)
-
-    def _execute(self, table: Table, room: int) -> None:
-        self._set({_RIP: room, _R12: room + PAGE, _R13: len(table.rows), _ORIG_RAX: _WORD})
-        ptrace.call(_CONT, self.pid)
-        status = self._wait()
-        results = table.results(self._memory)
-        for (name, arguments), result in zip(table.rows, results, strict=True):
-            if -4096 < result < 0:
-                raise Failed(f"{name}{tuple(hex(value) for value in arguments)}: {os.strerror(-result)}")
-        if os.WSTOPSIG(status) != signal.SIGTRAP or _UNWRITTEN in results:
-            raise Failed(f"it was stopped by signal {os.WSTOPSIG(status)}")
-
-    def _finish(self, memory: Reserved) -> None:
-        """Release the room, and set the state of the processor."""
-        one = self._waiting.process
-        code = next(each for each in one.mappings if each.name == "[vdso]")
-        at = os.pread(self._memory, code.size, code.start).find(b"\x0f\x05")
-        if at < 0:
-            raise Failed("the vDSO has no system call instruction")
-        self._set({_RIP: code.start + at, _RAX: NUMBERS["munmap"], _RDI: memory.room, _RSI: Reserved.ROOM,
-                   _ORIG_RAX: _WORD})  # fmt: skip
-        ptrace.call(_SINGLESTEP, self.pid)
-        self._wait()
-        if struct.unpack("=27Q", capture.register_set(self.pid, _PRSTATUS))[_RAX]:
-            raise Failed("the room cannot be released")
-        self._set_register_set(_XSTATE, one.extended)
-        self._set_register_set(_PRSTATUS, struct.pack("=27Q", *resumed(one, self._memory)))
-        ptrace.call(_SETSIGMASK, self.pid, 8, _address(one.blocked))
-        with open(f"/proc/{self.pid}/oom_score_adj", "w", encoding="ascii") as file:
+                write(self._first.memory, memory.view(run.place, run.end - run.start), run.start)
+        for thread in one.threads:
+            choose(thread.tid)
+            self._start(thread, memory.room)
+        self._first.unmap(self._instruction(), memory.room, Reserved.ROOM)
+        self._continue(self._first, one)
+        for traced, thread in zip(self._threads, one.threads, strict=True):
+            self._continue(traced, thread)
+        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
             file.write(str(one.oom_score))
 
-    def _set(self, changes: dict[int, int]) -> None:
-        values = list(struct.unpack("=27Q", self._registers))
-        for place, value in changes.items():
-            values[place] = value
-        self._set_register_set(_PRSTATUS, struct.pack("=27Q", *values))
+    def _continue(self, traced: Traced, one: Process | Thread) -> None:
+        """Set the state of the processor, with which it continues."""
+        traced.set(XSTATE, one.extended)
+        traced.set(PRSTATUS, struct.pack("=27Q", *resumed(one, self._first.memory)))
+        traced.block(one.blocked)
 
-    def _set_register_set(self, kind: int, data: bytes) -> None:
-        buffer = ctypes.create_string_buffer(data, len(data))
-        vector = ctypes.create_string_buffer(struct.pack("=QQ", ctypes.addressof(buffer), len(data)), 16)
-        ptrace.call(_SETREGSET, self.pid, kind, ctypes.addressof(vector))
+    def _start(self, thread: Thread, room: int) -> None:
+        """Start a thread of the process, which has its number then."""
+        table = Table(room)
+        table.call("clone", _THREAD, 0, 0, 0, 0)
+        [tid] = self._first.execute(table, room)
+        made = Traced(self._first.cloned, self._first.memory)
+        self._threads.append(made)
+        if tid != thread.tid:
+            raise Failed(f"the number {thread.tid} of a thread is in use")
+        table = Table(room)
+        table.call("sigaltstack", table.put(_not_active(thread.alternate_stack)), 0)
+        _of_thread(table, thread)
+        made.execute(table, room)
 
-    def _wait(self) -> int:
-        """The status of its next stop. Failed when it ended, or does not stop in time."""
-        end, pause = time.monotonic() + _PATIENCE, 0.0
-        while True:
-            found, status = os.waitpid(self.pid, 0x40000000 | os.WNOHANG)
-            if found:
-                if not os.WIFSTOPPED(status):
-                    raise Failed("a process ended while it was rebuilt")
-                return status
-            if time.monotonic() > end:
-                raise Failed("a process does not stop")
-            time.sleep(pause)
-            pause = min(pause + 0.00002, 0.001)
+    def _instruction(self) -> int:
+        """The address of a system call instruction of the vDSO."""
+        code = next(each for each in self._waiting.process.mappings if each.name == "[vdso]")
+        at = os.pread(self._first.memory, code.size, code.start).find(b"\x0f\x05")
+        if at < 0:
+            raise Failed("the vDSO has no system call instruction")
+        return code.start + at
 
     def go(self) -> None:
         """Let it run. OSError when it was killed."""
-        ptrace.call(_DETACH, self.pid)
+        for one in (*reversed(self._threads), self._first):
+            one.detach()
         self.close()
 
     def close(self) -> None:
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
+        """Release the descriptor. Idempotent."""
+        if self._first.memory >= 0:
+            os.close(self._first.memory)
+            self._first.memory = -1
 
 
 def _least(*values: int) -> int:
@@ -418,29 +328,20 @@ def _least(*values: int) -> int:
     return min((value for value in values if value >= 0), default=-1)
 
 
-_kept: list[ctypes.Array[ctypes.c_char]] = []
-
-
-def _address(data: bytes) -> int:
-    """The address of data, until the next call."""
-    _kept[:] = [ctypes.create_string_buffer(data, len(data))]
-    return ctypes.addressof(_kept[0])
-
-
-def resumed(one: Process, memory: int) -> list[int]:
+def resumed(one: Process | Thread, memory: int) -> list[int]:
     """The registers with which a copy continues: an interrupted call is made again, from its beginning, and an
     interrupted restartable sequence is aborted, as the kernel does. memory: of the copy."""
     values = list(struct.unpack("=27Q", one.registers))
-    result, number = struct.unpack("=qq", struct.pack("=QQ", values[_RAX], values[_ORIG_RAX]))
+    result, number = struct.unpack("=qq", struct.pack("=QQ", values[RAX], values[ORIG_RAX]))
     if number >= 0 and result in _RESTARTS:
         if number == _RESTART_SYSCALL:
-            values[_RAX] = -errno.EINTR & _WORD
+            values[RAX] = -errno.EINTR & WORD
         else:
-            values[_RAX] = number
-            values[_RIP] -= 2
+            values[RAX] = number
+            values[RIP] -= 2
     elif one.rseq[1]:
-        values[_RIP] = _aborted(values[_RIP], one.rseq, memory)
-    values[_ORIG_RAX] = _WORD
+        values[RIP] = _aborted(values[RIP], one.rseq, memory)
+    values[ORIG_RAX] = WORD
     return values
 
 

@@ -31,6 +31,7 @@ _PR_SET_DUMPABLE = 4
 _HIGHEST_PID = 4_000_000
 _DONTFORK, _DOFORK = 10, 11  # of madvise
 _PATIENCE = 20.0  # seconds
+_CHOSEN = b"chosen"
 _NAMESPACES = (kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
                | kernel.CLONE_NEWCGROUP)  # fmt: skip
 _clone3 = ctypes.PyDLL(None, use_errno=True).syscall
@@ -70,18 +71,52 @@ def clone(pid: int) -> int:
     return made
 
 
-def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int,
-          memory: int) -> list[Waiting]:
+class Entrant:
+    """The process that starts the others. It stays until `close`, to choose the numbers of threads."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.sync, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sync.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.control, self.numbers = os.pipe2(os.O_CLOEXEC)
+
+    def choose(self, number: int) -> None:
+        """The next new process or thread in the sandbox gets this number, if it is free. Failed."""
+        os.write(self.numbers, struct.pack("=Q", number))
+        self.sync.settimeout(_PATIENCE)
+        if self.sync.recv(4096) != _CHOSEN:
+            raise Failed("the number of a thread cannot be chosen")
+
+    def started(self) -> None:
+        """Close what only the other processes use."""
+        self.theirs.close()
+        os.close(self.control)
+        self.control = -1
+
+    def close(self) -> None:
+        """End it. While it were not reaped, the pid namespace could not end. Idempotent."""
+        self.sync.close()
+        self.theirs.close()
+        for fd in (self.control, self.numbers):
+            if fd >= 0:
+                os.close(fd)
+        self.control = self.numbers = -1
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+            self.pid = 0
+
+
+def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int, memory: int,
+          entrant: Entrant) -> list[Waiting]:
     """Start the processes of a tree. memory: the address of its pages in this process. descriptors: ours, by index of
     the description. gate: the reading end of a pipe; processes that are not rebuilt exit when its other end closes.
     Failed, OSError; nothing is left then."""
     init = os.pidfd_open(target.pid)
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    outside: dict[int, int] = {}
-    entrant = 0
     try:
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         entry = process_tree.read(target.pid)
         if entry is None or entry.start != target.start:
             raise Failed("its pid 1 has ended")
@@ -89,35 +124,23 @@ def start(tree: Tree, target: Target, descriptors: Mapping[int, int], gate: int,
         number = _free_number(tree)
         kernel.setns(init, kernel.CLONE_NEWPID)
         try:
-            entrant = clone(number)
-            if entrant == 0:
-                _enter(tree, target, memory, init, theirs, gate, descriptors, lowest)
+            entrant.pid = clone(number)
+            if entrant.pid == 0:
+                _enter(tree, target, memory, init, entrant, gate, descriptors, lowest)
         finally:  # the entrant never gets here
             kernel.setns(own, kernel.CLONE_NEWPID)
-        theirs.close()
-        outside.update(_receive(ours, len(tree.processes)))
-        _await_exit(entrant)
+        entrant.started()
+        outside = _receive(entrant.sync, len(tree.processes))
         handed = {index: lowest + place for place, index in enumerate(sorted(descriptors))}
         return [Waiting(one, outside[one.pid], handed, lowest) for one in tree.processes]
-    except BaseException:
-        for pid in (*outside.values(), entrant):
-            with contextlib.suppress(OSError):
-                if pid:
-                    os.kill(pid, signal.SIGKILL)
-        if entrant:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(entrant, 0)
-        raise
     finally:
-        ours.close()
-        theirs.close()
-        for fd in (init, own):
-            os.close(fd)
+        os.close(init)
+        os.close(own)
 
 
 def _free_number(tree: Tree) -> int:
     """A number that no process of the tree has, and that a new sandbox does not use."""
-    used = {one.pid for one in tree.processes}
+    used = {number for one in tree.processes for number in (one.pid, *(thread.tid for thread in one.threads))}
     with open("/proc/sys/kernel/pid_max", encoding="ascii") as file:
         number = min(int(file.read()), _HIGHEST_PID) - 1
     while number in used:
@@ -145,18 +168,13 @@ def _receive(ours: socket.socket, count: int) -> dict[int, int]:
     return found
 
 
-def _await_exit(pid: int) -> None:
-    """Wait for the entrant. While it were unreaped, the pid namespace could not end."""
-    os.waitpid(pid, 0)
-
-
 # ---- in the new processes; none of these functions returns ----
 
 
-def _enter(tree: Tree, target: Target, memory: int, init: int, theirs: socket.socket, gate: int,
+def _enter(tree: Tree, target: Target, memory: int, init: int, entrant: Entrant, gate: int,
            descriptors: Mapping[int, int], lowest: int) -> None:
-    """The entrant: enters the sandbox, starts the first process of each program, and exits."""
-    sync = theirs.fileno()
+    """The entrant: enters the sandbox, starts the first process of each program, and chooses numbers of threads."""
+    sync = entrant.theirs.fileno()
     try:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         kernel.prctl(_PR_SET_DUMPABLE, 0)  # PR_SET_DUMPABLE: the guest cannot inspect it
@@ -164,12 +182,18 @@ def _enter(tree: Tree, target: Target, memory: int, init: int, theirs: socket.so
             cgroups.write(f"{folder}/cgroup.procs", "0")
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        fds = _move([*(descriptors[index] for index in sorted(descriptors)), theirs.fileno(), gate, init], lowest)
-        sync, gate, init = fds[-3:]
+        last = os.open("/proc/sys/kernel/ns_last_pid", os.O_WRONLY | os.O_CLOEXEC)
+        own = [sync, gate, init, entrant.control, last]
+        fds = _move([*(descriptors[index] for index in sorted(descriptors)), *own], lowest)
+        sync, gate, init, control, last = fds[-5:]
         kernel.setns(init, _NAMESPACES)
         for one in tree.processes:
             if one.parent == 1 and _fork(one, tree, memory) == 0:
                 _become(one, tree, memory, init, sync, gate)
+        answers = socket.socket(fileno=sync)
+        while data := os.read(control, 8):
+            os.pwrite(last, str(struct.unpack("=Q", data)[0] - 1).encode(), 0)
+            answers.send(_CHOSEN)
         os._exit(0)
     except BaseException as error:
         _report(sync, error)

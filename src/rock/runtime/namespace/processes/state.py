@@ -60,6 +60,20 @@ class Pipe(NamedTuple):
     content: bytes
 
 
+class Thread(NamedTuple):
+    """A thread other than the first one of its process; the fields are as of Process."""
+
+    tid: int
+    name: str
+    registers: bytes
+    extended: bytes
+    blocked: bytes
+    rseq: Sequence[int]
+    robust_list: Sequence[int]
+    alternate_stack: bytes
+    tid_address: int
+
+
 class Process(NamedTuple):
     """One process. Numbers of processes are those inside of the sandbox; parent 1 is pid 1.
 
@@ -101,6 +115,7 @@ class Process(NamedTuple):
     dumpable: int
     personality: int
     descriptors: Sequence[tuple[int, int, int]]
+    threads: Sequence[Thread] = ()
 
 
 class Program(NamedTuple):
@@ -195,7 +210,8 @@ def _tree(data: Any) -> Tree:
     for fields in tree.processes:
         one = Process(*fields)
         processes.append(one._replace(mappings=[Mapping(*each) for each in one.mappings],
-                                      runs=[Run(*each) for each in one.runs]))
+                                      runs=[Run(*each) for each in one.runs],
+                                      threads=[Thread(*each) for each in one.threads]))  # fmt: skip
     return tree._replace(programs=[Program(*each) for each in tree.programs], processes=processes,
                          descriptions=[Description(*each) for each in tree.descriptions],
                          pipes=[Pipe(*each) for each in tree.pipes])

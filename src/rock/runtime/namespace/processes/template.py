@@ -17,12 +17,12 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import kernel, ptrace, seccomp, switch
-from rock.runtime.namespace.processes import capture, rebuild, starting, state
+from rock.runtime.namespace.processes import capture, rebuild, starting, state, traced
 from rock.runtime.namespace.processes.address_space import TooMany
 from rock.runtime.namespace.processes.capture import Reserved
 
@@ -38,6 +38,7 @@ class Template:
 
     def __init__(self, sock: socket.socket, switch: Switch) -> None:
         self._sock = sock
+        self._launcher = os.getppid()
         self._switch = switch
         self._tree: state.Tree | None = None
         self._memory: Reserved | None = None
@@ -99,8 +100,11 @@ class Template:
                 capture.inspect(stopped, request["pid"], request["programs"])
                 raise capture.Refused
             taken.append(capture.capture(stopped, request["pid"], request["programs"], request["most"], check))
+            if os.getppid() != self._launcher:  # the server will not record a switch
+                raise capture.Refused("the launcher has ended")
 
-        reply = self._switch(request, between)
+        with _lock(request["slot"]):
+            reply = self._switch(request, between)
         tree, pages = taken[0]
         folder = request["frozen"]
         try:
@@ -113,7 +117,8 @@ class Template:
                 "keys": [one.key for one in tree.programs]}
 
     def _hold(self, tree: state.Tree, memory: Reserved) -> None:
-        rebuild.prepare_room(memory)
+        traced.prepare_room(memory)
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         self._tree, self._memory = tree, memory
 
     def _load(self, folder: str) -> None:
@@ -135,14 +140,15 @@ class Template:
         made: list[rebuild.Rebuilt] = []
         waiting: list[starting.Waiting] = []
         reading, writing = os.pipe2(os.O_CLOEXEC)
-        descriptors = Descriptors(tree)
+        descriptors, entrant = Descriptors(tree), starting.Entrant()
         try:
             descriptors.make(streams)
-            waiting = starting.start(tree, target, descriptors.found, reading, memory.address)
+            waiting = starting.start(tree, target, descriptors.found, reading, memory.address, entrant)
             for one in waiting:
                 made.append(rebuild.Rebuilt(one))
             for each in made:
-                each.build(tree, memory, self._filter, target.pid)
+                each.build(tree, memory, self._filter, target.pid, entrant.choose)
+            entrant.close()
             for each in reversed(made):
                 each.go()
             waiting = []
@@ -155,8 +161,23 @@ class Template:
             descriptors.close()
             os.close(reading)
             os.close(writing)
+            entrant.close()
             _reap()
         return {"started": len(made), "seconds": time.monotonic() - began}
+
+
+@contextlib.contextmanager
+def _lock(slot: str) -> Iterator[None]:
+    """Hold the lock of a switch; a server that settles an interrupted one waits for it."""
+    path = f"{slot}/{switch.LOCK}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(fd)
 
 
 def _reap() -> None:
@@ -279,10 +300,11 @@ def read_pages(path: str, tree: state.Tree, memory: Reserved) -> None:
 def main(sock: socket.socket, request: dict[str, Any], kept: Sequence[int], switch: Switch) -> None:
     """Entry of a fork of the launcher; never returns. kept: the descriptors that it uses beside the socket."""
     try:
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        # It completes a switch also when the launcher ends meanwhile: an injected call must not be left half-way.
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         _close_all_but({sock.fileno(), 1, 2, *kept} - {-1})
         sock.setblocking(True)
         kernel.set_name(b"rock-template")
