@@ -252,7 +252,8 @@ class Control:
         if settings.gateway == "on" and role != "read":
             self.gateway = ServerGateway(settings, self._proxy, self.admin)
             self._routes = self.gateway.over(self.admin.app)
-        self._routes = Protocols(routed).over(self._routes)
+        self.protocols = Protocols(routed)
+        self._routes = self.protocols.over(self._routes)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
                               settings.api_key, self.admin.keys, settings.worker_key,
@@ -311,6 +312,7 @@ class Control:
         with contextlib.ExitStack() as stack:
             stack.callback(self.home.release)
             await self.observed.close()
+            await self.protocols.close()
             if self.gateway is not None:
                 await self.gateway.close()
             if self._remote_gateway is not None:

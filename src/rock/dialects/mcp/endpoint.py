@@ -59,6 +59,9 @@ class McpEndpoint:
         """The handler of a request."""
         return self._router.match(method, path)
 
+    async def close(self) -> None:
+        """No effect: each request ends by itself."""
+
     async def get(self, request: Request) -> Answer:
         """There is no stream of messages of the server."""
         return Answer(b"", 405, headers=[(b"allow", b"POST, DELETE")])
