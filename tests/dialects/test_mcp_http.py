@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from tests.conftest import RunningServer
@@ -184,6 +187,17 @@ def test_a_canceled_request_ends_its_command(mcp: Mcp) -> None:
     thread.join(60)
     assert replies[0].json["error"]["code"] == -32800
     until(lambda: mcp.done("run_command", command="kill -0 $(cat /tmp/pid)")["exit_code"] != 0)
+
+
+def test_a_client_that_leaves_ends_its_command(mcp: Mcp) -> None:
+    mcp.done("run_command", command="true")
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "run_command", "arguments": {"command": "echo $$ > /tmp/left; sleep 1000"}}}).encode()
+    connection = http.client.HTTPConnection(urlsplit(mcp.server.url).netloc)
+    connection.request("POST", "/mcp", body, {"authorization": f"Bearer {mcp.key}", "mcp-session-id": mcp.session})
+    until(lambda: mcp.done("run_command", command="cat /tmp/left")["exit_code"] == 0)
+    connection.close()
+    until(lambda: mcp.done("run_command", command="kill -0 $(cat /tmp/left)")["exit_code"] != 0)
 
 
 # ---- the era without sessions
