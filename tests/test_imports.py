@@ -50,6 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     # guest: the frames and values that an environment is spoken to with are the same on both sides
     "envs": {"envs", "sync", "guest", "protocol", "errors", "settings"},
     "training": {"sdk", "sync"},
+    # classes that other frameworks load by path; each imports its framework in itself, and nothing of the server
+    "integrations": {"integrations", "sync", "protocol", "errors", "settings"},
     "gym": {"gym", "envs", "guest", "sync", "protocol", "errors", "settings"},
 }
 # Old import paths that only name things of a higher floor again.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from tests.conftest import RunningServer
@@ -186,14 +189,27 @@ def test_a_canceled_request_ends_its_command(mcp: Mcp) -> None:
     until(lambda: mcp.done("run_command", command="kill -0 $(cat /tmp/pid)")["exit_code"] != 0)
 
 
+def test_a_client_that_leaves_ends_its_command(mcp: Mcp) -> None:
+    mcp.done("run_command", command="true")
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "run_command", "arguments": {"command": "echo $$ > /tmp/left; sleep 1000"}}}).encode()
+    connection = http.client.HTTPConnection(urlsplit(mcp.server.url).netloc)
+    connection.request("POST", "/mcp", body, {"authorization": f"Bearer {mcp.key}", "mcp-session-id": mcp.session})
+    until(lambda: mcp.done("run_command", command="cat /tmp/left")["exit_code"] == 0)
+    connection.close()
+    until(lambda: mcp.done("run_command", command="kill -0 $(cat /tmp/left)")["exit_code"] != 0)
+
+
 # ---- the era without sessions
 
 
-def modern(server: RunningServer, key: str, method: str, params: dict[str, Any], **headers: str) -> Reply:
+def modern(
+    server: RunningServer, key: str, method: str, params: dict[str, Any], path: str = "/mcp", **headers: str
+) -> Reply:
     given = {"mcp_protocol_version": MODERN, "mcp_method": method,
              **({"mcp_name": params["name"]} if "name" in params else {}), **headers}
     body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": {**params, "_meta": ENVELOPE}}
-    return send(server.url, "POST", "/mcp", body, key, **given)
+    return send(server.url, "POST", path, body, key, **given)
 
 
 def test_requests_without_a_session(
@@ -201,7 +217,10 @@ def test_requests_without_a_session(
 ) -> None:
     key = dialect_keys["mine"]
     found = modern(dialect_server, key, "server/discover", {}).json["result"]
-    assert found["supportedVersions"][0] == MODERN and found["resultType"] == "complete"
+    assert found["supportedVersions"][0] == "2025-11-25" and MODERN not in found["supportedVersions"]
+    offered = modern(dialect_server, key, "server/discover", {}, path="/mcp?stateless=1").json["result"]
+    assert offered["supportedVersions"][0] == MODERN and offered["resultType"] == "complete"
+    assert modern(dialect_server, key, "ping", {}, path="/mcp?image=host").status == 422
     tools = {tool["name"]: tool for tool in modern(dialect_server, key, "tools/list", {}).json["result"]["tools"]}
     assert "sandbox_id" in tools["run_command"]["inputSchema"]["required"]
     without = modern(dialect_server, key, "tools/call", {"name": "run_command", "arguments": {"command": "true"}})
@@ -211,6 +230,9 @@ def test_requests_without_a_session(
     call = {"name": "run_command", "arguments": {"command": "echo hi", "sandbox_id": sandbox_id}}
     seen = modern(dialect_server, key, "tools/call", call).json["result"]
     assert seen["structuredContent"]["stdout"] == "hi\n" and seen["resultType"] == "complete"
+    named = modern(dialect_server, key, "tools/call", {"name": "run_command", "arguments": {"command": "echo hi"}},
+                   path=f"/mcp?sandbox={sandbox_id}").json["result"]
+    assert named["structuredContent"]["stdout"] == "hi\n"
     foreign = modern(dialect_server, dialect_keys["other"], "tools/call", call).json["result"]
     assert foreign["isError"] and foreign["structuredContent"]["error"]["code"] == "not_found"
     modern(dialect_server, key, "tools/call", {"name": "sandbox_stop", "arguments": {"sandbox_id": sandbox_id}})

@@ -108,6 +108,14 @@ def test_an_existing_sandbox_stays(dialect_server: RunningServer, dialect_keys: 
         assert sandbox.execute("cat /tmp/x").stdout == "here"
 
 
+def test_requests_before_the_end_of_the_input_are_answered(stdio: Stdio) -> None:
+    for number in range(3):
+        stdio.send(json.dumps({"jsonrpc": "2.0", "id": number, "method": "tools/list"}).encode())
+    assert stdio.process.stdin is not None
+    stdio.process.stdin.close()
+    assert sorted(stdio.receive()["id"] for _ in range(3)) == [0, 1, 2]
+
+
 def test_wrong_options(dialect_server: RunningServer, dialect_keys: dict[str, str]) -> None:
     wrong = Stdio(dialect_server, dialect_keys["mine"], "--memory", "lots")
     _, text = wrong.process.communicate(timeout=60)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.conftest import RunningServer
 from tests.dialects.conftest import Reply, send
+from tests.waiting import until
 
 from rock.dialects.swerex.archive import entries_of
 from rock.errors import InvalidConfig
@@ -75,7 +76,6 @@ def test_errors(rex: Rex) -> None:
         ("run_in_session", {"command": "(exit 3)"}, own + "NonZeroExitCodeError"),
         ("run_in_session", {"command": "if true"}, own + "BashIncorrectSyntaxError"),
         ("run_in_session", {"command": "sleep 100", "timeout": 0.3}, own + "CommandTimeoutError"),
-        ("run_in_session", {"command": "python3", "is_interactive_command": True}, own + "SwerexException"),
         ("run_in_session", {"command": "true", "expect": [">"]}, own + "SwerexException"),
         ("execute", {"command": "no such program"}, "builtins.FileNotFoundError"),
         ("execute", {"command": ["sleep", "100"], "timeout": 0.3}, own + "CommandTimeoutError"),
@@ -87,6 +87,48 @@ def test_errors(rex: Rex) -> None:
         ("write_file", {"path": "/tmp/a\0", "content": ""}, "builtins.ValueError"),
     ):  # fmt: skip
         assert rex.failed(route, body) == kind, (route, body)
+
+
+def interact(rex: Rex, command: str, *expect: str, **more: Any) -> Any:
+    body = {"command": command, "is_interactive_command": True, "expect": list(expect), "timeout": 20, **more}
+    return rex.done("run_in_session", body)
+
+
+def test_an_interactive_program(rex: Rex) -> None:
+    rex.done("run_in_session", {"command": "cd /var; export FOR_PROGRAM='a b'"})
+    started = interact(rex, "python3 -q", ">>> ")
+    assert (started["expect_string"], started["exit_code"]) == (">>> ", 0)
+    shown = interact(rex, "import os; print(os.getcwd(), os.environ['FOR_PROGRAM'])", ">>> ")
+    assert shown["output"] == "/var a b"
+    assert interact(rex, "print(6 * 7)", "nothing", r"\>\>\> ")["output"] == "42"
+    assert rex.failed("run_in_session", {"command": "true"}) == "swerex.exceptions.SwerexException"
+    late = {"command": "import time; time.sleep(100)", "is_interactive_command": True, "expect": [">>> "], "timeout": 1}
+    assert rex.failed("run_in_session", late) == "swerex.exceptions.CommandTimeoutError"
+    stopped = rex.done("run_in_session", {"action_type": "bash_interrupt", "expect": [">>> "], "timeout": 5})
+    assert "KeyboardInterrupt" in stopped["output"] and stopped["expect_string"] == ">>> "
+    body = {"command": "exit()", "is_interactive_quit": True, "timeout": 20}
+    assert rex.done("run_in_session", body)["expect_string"] == "SHELLPS1PREFIX"
+    assert rex.done("run_in_session", {"command": "pwd"})["output"] == "/var\n"
+    assert rex.sandbox.execute("ls -a /tmp").stdout.count(".swerex-") == 0
+
+
+def test_interactive_programs_that_end_or_flood(rex: Rex) -> None:
+    ended = interact(rex, "echo only; exit 3", "never")
+    assert (ended["output"], ended["expect_string"]) == ("only", "SHELLPS1PREFIX")
+    assert interact(rex, "echo start; yes", "start")["expect_string"] == "start"
+    rex.done("run_in_session", {"action_type": "bash_interrupt", "timeout": 5})
+    interact(rex, "trap '' INT; echo deaf; while :; do sleep 1; done", "deaf")
+    rex.done("run_in_session", {"action_type": "bash_interrupt", "timeout": 0.2, "n_retry": 2})
+    assert rex.done("run_in_session", {"command": "echo here"})["output"] == "here\n"
+
+
+def test_the_programs_of_a_session_end_with_it(rex: Rex) -> None:
+    rex.done("create_session", {"session": "closing"})
+    interact(rex, "echo up; sleep 12345", "up", session="closing")
+    there = ["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -c 'sleep 1234[5]'"]
+    assert rex.sandbox.execute(there).stdout.strip() != "0"
+    rex.done("close_session", {"session": "closing"})
+    until(lambda: rex.sandbox.execute(there).stdout.strip() == "0")
 
 
 def test_a_session_whose_shell_exits(rex: Rex) -> None:

@@ -69,6 +69,9 @@ class AgentScopeEndpoint:
         """The handler of a request."""
         return self._router.match(method, path)
 
+    async def close(self) -> None:
+        """No effect: each request ends by itself."""
+
     def _handler(self, name: str, work: Work) -> Handler:
         async def reply(request: Request) -> Answer:
             data = await limited_body(request, _BODY)

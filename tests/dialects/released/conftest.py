@@ -40,8 +40,10 @@ class System:
 SYSTEMS = {
     "mcp": System("MCP client (mcp)", ("mcp==2.3.0",)),
     "mcp1": System("MCP client, release 1 (mcp)", ("mcp==1.30.0",)),
+    "mcp-agents": System("MCP of the OpenAI Agents SDK (openai-agents)", ("openai-agents==0.24.0",)),
+    "mcp-pydantic": System("MCP of Pydantic AI (pydantic-ai-slim)", ("pydantic-ai-slim[mcp]==2.68.0",)),
     "swerex": System("SWE-ReX (swe-rex)", ("swe-rex==1.4.0", "aiohttp")),
-    "openenv": System("OpenEnv (openenv)", ("openenv==0.10.0",)),
+    "openenv": System("OpenEnv (openenv)", ("openenv==0.10.0", "click>=8.2", "orjson>=3.10", "websockets>=15")),
     "agentscope": System("AgentScope (agentscope-runtime)", ("agentscope-runtime==1.1.6.post2",)),
 }
 
@@ -78,7 +80,7 @@ def run_script(released_server: RunningServer) -> Callable[..., System]:
 
     def run(system: str, script: str, *words: str, timeout: float = 600.0, **environment: str) -> System:
         folder, found = environment_of(system), SYSTEMS[system]
-        package = found.requirements[0].partition("==")[0]
+        package = found.requirements[0].partition("==")[0].partition("[")[0]
         show = f"from importlib.metadata import version; print(version({package!r}))"
         found.version = subprocess.run([folder / "bin/python", "-c", show], check=True, text=True,
                                        capture_output=True).stdout.strip()  # fmt: skip

@@ -260,7 +260,8 @@ class Control:
         self.e2b = e2b_of(settings, self.admin, store, self._proxy)
         if self.e2b is not None:
             self._routes = self.e2b.over(self._routes)
-        self._routes = Protocols(routed).over(self._routes)
+        self.protocols = Protocols(routed)
+        self._routes = self.protocols.over(self._routes)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
                               settings.api_key, self.admin.keys, settings.worker_key,
@@ -320,6 +321,7 @@ class Control:
         with contextlib.ExitStack() as stack:
             stack.callback(self.home.release)
             await self.observed.close()
+            await self.protocols.close()
             if self.gateway is not None:
                 await self.gateway.close()
             if self._remote_gateway is not None:

@@ -6,12 +6,19 @@ Each is imported by its first request, in a thread: together they would take a t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from importlib import import_module
+from typing import Protocol
 
 from rock.http.asgi import App, Found, Receive, Router, Scope, Send
 
-Match = Callable[[str, str], Found | None]
+
+class Endpoint(Protocol):
+    """What each dialect provides: the handler of a request, and the end of what it runs."""
+
+    def match(self, method: str, path: str) -> Found | None: ...
+
+    async def close(self) -> None: ...
+
 
 # The module and the class of each path. A class is called with the application of the native API.
 _ENDPOINTS = {
@@ -29,7 +36,7 @@ class Protocols:
     def __init__(self, api: App) -> None:
         self._api = api
         self._router = Router("protocols")
-        self._matches: dict[str, Match] = {}
+        self._made: dict[str, Endpoint] = {}
         self._lock = asyncio.Lock()
 
     def over(self, rest: App) -> App:
@@ -38,7 +45,7 @@ class Protocols:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] in ("http", "websocket") and scope["path"].startswith(_PREFIXES):
                 method = scope["method"] if scope["type"] == "http" else "WEBSOCKET"
-                found = (await self._match_of(scope["path"]))(method, scope["path"])
+                found = (await self._endpoint_of(scope["path"])).match(method, scope["path"])
                 if found is not None:
                     await self._router.serve(found, scope, receive, send)
                     return
@@ -46,12 +53,17 @@ class Protocols:
 
         return app
 
-    async def _match_of(self, path: str) -> Match:
+    async def _endpoint_of(self, path: str) -> Endpoint:
         prefix = next(name for name in _PREFIXES if path.startswith(name))
-        if prefix not in self._matches:
+        if prefix not in self._made:
             async with self._lock:
-                if prefix not in self._matches:
+                if prefix not in self._made:
                     module, _, name = _ENDPOINTS[prefix].partition(":")
                     made = await asyncio.to_thread(import_module, module)
-                    self._matches[prefix] = getattr(made, name)(self._api).match
-        return self._matches[prefix]
+                    self._made[prefix] = getattr(made, name)(self._api)
+        return self._made[prefix]
+
+    async def close(self) -> None:
+        """End what the dialects run."""
+        for endpoint in self._made.values():
+            await endpoint.close()

@@ -282,7 +282,8 @@ class Server:
             self._routes = self.e2b.over(self._routes)
         self.page = page_of(settings, self.admin, self.store)
         routed = self.admin.audit.over(self.admin.configuration.over(self._route))
-        self._routes = Protocols(routed).over(self._routes)
+        self.protocols = Protocols(routed)
+        self._routes = self.protocols.over(self._routes)
         checked = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
                               settings.api_key, self.admin.keys, settings.worker_key,
                               **door_of(settings, self.home))  # fmt: skip
@@ -324,6 +325,7 @@ class Server:
 
     async def close(self) -> None:
         """Stop serving; sandboxes survive and are found again by the next server."""
+        await self.protocols.close()
         if self.gateway is not None:
             await self.gateway.close()
         if self.e2b is not None:

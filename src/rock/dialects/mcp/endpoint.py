@@ -1,7 +1,8 @@
 """The route /mcp: streamable HTTP. A POST has one message and returns its response as JSON; DELETE ends a session.
 
 The query selects the sandbox of a session: `?sandbox=ID` an existing one, `?image=`, `?memory=`, `?cpus=`, `?network=`
-the fields of the one that the first call creates.
+the fields of the one that the first call creates. Clients that speak all versions choose one with sessions, whose
+sandbox ends with them; `?stateless=1` offers 2026-07-28 to them. A request of that version is served in any case.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from rock.protocol.keys import Access, caller_of
 from rock.protocol.route import Route
 
 PATH = "/mcp"
+_STATELESS = "stateless"
 _SESSION, _VERSION, _METHOD, _NAME = b"mcp-session-id", b"mcp-protocol-version", b"mcp-method", b"mcp-name"
 
 
@@ -56,6 +58,9 @@ class McpEndpoint:
     def match(self, method: str, path: str) -> Found | None:
         """The handler of a request."""
         return self._router.match(method, path)
+
+    async def close(self) -> None:
+        """No effect: each request ends by itself."""
 
     async def get(self, request: Request) -> Answer:
         """There is no stream of messages of the server."""
@@ -84,9 +89,9 @@ class McpEndpoint:
         if message.method == "initialize" and message.id is not None:
             return self._initialize(request, message)
         modern = message.is_modern or (request.header(_VERSION) or "") in MODERN
-        session = None if modern else self._session(request)
+        session = _stateless(request) if modern else self._session(request)
         if message.method is None or message.id is None:
-            if session is not None and message.method == "notifications/cancelled":
+            if session is not None and not modern and message.method == "notifications/cancelled":
                 session.cancel(message.params.get("requestId"))
             return Answer(b"", 202)
         if modern:
@@ -123,7 +128,8 @@ class McpEndpoint:
         caller = caller_of(request.scope)
         context = ToolContext(api_of(self._api, request), session, _base_url(request))
         try:
-            return response(message.id, await result_of(message, context, caller.scopes)), None
+            versions = VERSIONS if _STATELESS in request.query else tuple(reversed(HANDSHAKE))
+            return response(message.id, await result_of(message, context, caller.scopes, versions)), None
         except Failure as error:
             return error_response(message.id, error), error
         except RockError as error:
@@ -140,6 +146,15 @@ class McpEndpoint:
             raise NotFound(f"there is no MCP session {given[:64]!r}; it has ended, or the server has restarted",
                            hint="send initialize, and use the new session")
         return session
+
+
+def _stateless(request: Request) -> Session | None:
+    """The sandbox that the query names for requests without a session. InvalidConfig for other options."""
+    options = {name: value for name, value in request.query.items() if name != _STATELESS}
+    if set(options) - {"sandbox"}:
+        raise InvalidConfig(f"{', '.join(options)[:200]} select the sandbox of a session, and version 2026-07-28 has "
+                            "no sessions", hint="use sandbox_create, or a client of an earlier version")
+    return session_of("", options) if options else None
 
 
 def _check_version(request: Request) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from rock import __version__
@@ -43,10 +44,10 @@ def initialized(params: dict[str, Any]) -> dict[str, Any]:
             "instructions": INSTRUCTIONS}  # fmt: skip
 
 
-def discovered(has_session: bool) -> dict[str, Any]:
-    """The result of `server/discover`."""
+def discovered(has_session: bool, versions: Sequence[str] = VERSIONS) -> dict[str, Any]:
+    """The result of `server/discover`. versions: those that a client which speaks several may choose from."""
     text = INSTRUCTIONS if has_session else STATELESS
-    return {"supportedVersions": list(VERSIONS), "capabilities": {"tools": {}}, "serverInfo": _server(),
+    return {"supportedVersions": list(versions), "capabilities": {"tools": {}}, "serverInfo": _server(),
             "instructions": text, "ttlMs": 0, "cacheScope": "private"}  # fmt: skip
 
 
@@ -54,16 +55,21 @@ def _server() -> dict[str, str]:
     return {"name": "rock", "title": "ROCK sandboxes", "version": __version__}
 
 
-async def result_of(message: Message, context: ToolContext, scopes: frozenset[Access] | None) -> dict[str, Any]:
+async def result_of(
+    message: Message, context: ToolContext, scopes: frozenset[Access] | None, versions: Sequence[str] = VERSIONS
+) -> dict[str, Any]:
     """The result of a request. Failure.
 
     The request is registered in its session while it runs, so that the client can cancel it. scopes: the access rights
-    of the caller; None where they are unknown.
+    of the caller; None where they are unknown. versions: as of `discovered`.
     """
     modern = message.is_modern
     if modern:
         message.check_envelope()
-    result = await _result_of(message, context, scopes)
+    if message.method == "server/discover":
+        result = discovered(context.session is not None, versions)
+    else:
+        result = await _result_of(message, context, scopes)
     if modern:
         result["resultType"] = "complete"
         if message.method == "tools/list":
@@ -73,8 +79,6 @@ async def result_of(message: Message, context: ToolContext, scopes: frozenset[Ac
 
 async def _result_of(message: Message, context: ToolContext, scopes: frozenset[Access] | None) -> dict[str, Any]:
     has_session = context.session is not None
-    if message.method == "server/discover":
-        return discovered(has_session)
     if message.method in _EMPTY:
         return {}
     if message.method == "tools/list":

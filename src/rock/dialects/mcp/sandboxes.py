@@ -44,7 +44,7 @@ class Create(Arguments):
 
 class Listing(Arguments):
     state: Literal["pending", "running", "stopped", "archived"] | None = Field(
-        default=None, description="Only sandboxes in this state.")
+        default=None, description="By default those that have not ended.")
     limit: int = Field(default=50, ge=1, le=500)
 
 
@@ -63,7 +63,7 @@ async def create(context: ToolContext, given: Create) -> Result:
 
 
 async def listed(context: ToolContext, given: Listing) -> Result:
-    query: dict[str, str | int] = {"limit": given.limit, **({"state": given.state} if given.state else {})}
+    query: dict[str, str | int] = {"limit": given.limit, "state": given.state or "pending,running,stopping"}
     items = [_short(info) for info in (await context.api.json("list_sandboxes", query=query))["items"]]
     rows = ["  ".join(str(item[name]) for name in ("sandbox_id", "state", "image", "name") if name in item)
             for item in items]  # fmt: skip

@@ -28,6 +28,7 @@ from rock.dialects.mcp.protocol import initialized, result_of
 from rock.errors import RockError
 
 _CHUNK = 64 << 10
+_LAST = 1.0  # seconds for requests in progress at the end of the input
 _MOST = 64  # requests in progress; further lines wait
 
 
@@ -43,7 +44,8 @@ class StdioServer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
-        """Serve until the end of the input; then cancel the requests, and stop the sandbox of the session."""
+        """Serve until the end of the input; then cancel what has not ended within a second, and stop the sandbox of the
+        session."""
         lines: asyncio.Queue[bytes | None] = asyncio.Queue()
         free = threading.Semaphore(_MOST)
         loop = asyncio.get_running_loop()
@@ -60,6 +62,8 @@ class StdioServer:
                 task = asyncio.create_task(self._line(line, free))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+            if self._tasks:  # the requests of a script that ends its input at once
+                await asyncio.wait(set(self._tasks), timeout=_LAST)
         finally:
             for task in self._tasks:
                 task.cancel()

@@ -77,6 +77,9 @@ class OpenEnvEndpoint:
             return None
         return found[0], values, Route(f"openenv_{last}", method, path, "control", "OpenEnv", access=found[1])
 
+    async def close(self) -> None:
+        """Sockets end with their connections."""
+
     def _episodes(self, request: Request) -> Episodes:
         caller = caller_of(request.scope)
         return Episodes(self._sessions, lasting_api_of(self._api, request), caller.owner, request.path["env_id"])

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from rock.dialects.api import LocalApi, api_of, limited_body
 from rock.dialects.swerex.archive import LARGEST, entries_of, tar_of
+from rock.dialects.swerex.interactive import InteractivePrograms, Place, TerminalProgram
 from rock.dialects.swerex.messages import (
     CloseSession,
     CreateSession,
@@ -57,18 +58,19 @@ class SwerexEndpoint:
 
     def __init__(self, api: App) -> None:
         self._api = api
+        self._programs = InteractivePrograms(api)
         self._router = Router("swerex")
         json = self._json
         for method, path, handler, access in (
             ("GET", "/is_alive", self.is_alive, Access.READ),
             ("POST", "/create_session", json(create_session), Access.RUN),
-            ("POST", "/run_in_session", json(run_in_session), Access.RUN),
-            ("POST", "/close_session", json(close_session), Access.RUN),
+            ("POST", "/run_in_session", json(self.run_in_session), Access.RUN),
+            ("POST", "/close_session", json(self.close_session), Access.RUN),
             ("POST", "/execute", json(execute), Access.RUN),
             ("POST", "/read_file", json(read_file), Access.READ),
             ("POST", "/write_file", json(write_file), Access.RUN),
             ("POST", "/upload", self.upload, Access.RUN),
-            ("POST", "/close", json(close), Access.RUN),
+            ("POST", "/close", json(self.close_sessions), Access.RUN),
         ):
             row = Route(f"swerex{path}", method, PREFIX + path, "data", "SWE-ReX", access=access)
             self._router.add(row, _raising(handler))
@@ -97,6 +99,77 @@ class SwerexEndpoint:
             return answer({"is_alive": False, "message": str(error)})
         alive = info["state"] == State.RUNNING
         return answer({"is_alive": alive, "message": "" if alive else f"the sandbox is {info['state']}"})
+
+    # ---- sessions, and programs in them ----
+
+    async def close_session(self, api: LocalApi, request: Request, data: bytes, key: str) -> dict[str, Any]:
+        spec: CloseSession = request_of(data, CloseSession)
+        sandbox_id, name = request.path["sandbox_id"], session_name(spec.session)
+        await self._programs.end((api.caller.owner, sandbox_id, name))
+        await api.bytes("close_session", sandbox_id=sandbox_id, session=name, key=key)
+        return {"session_type": "bash"}
+
+    async def close_sessions(self, api: LocalApi, request: Request, data: bytes, key: str) -> dict[str, Any]:
+        """Close the sessions of this dialect. The sandbox stays until it is stopped, or idle for its timeout."""
+        sandbox_id = request.path["sandbox_id"]
+        await self._programs.end_all(api.caller.owner, sandbox_id)
+        for item in (await api.json("list_sessions", sandbox_id=sandbox_id))["items"]:
+            if is_own(item["session"]):
+                try:
+                    await api.bytes("close_session", sandbox_id=sandbox_id, session=item["session"])
+                except NotFound:
+                    pass  # it ended by itself
+        return {}
+
+    async def run_in_session(self, api: LocalApi, request: Request, data: bytes, key: str) -> dict[str, Any]:
+        spec = request_of(data, Run, Interrupt)
+        place = (api.caller.owner, request.path["sandbox_id"], session_name(spec.session))
+        program = self._programs.find(place)
+        if isinstance(spec, Interrupt):
+            if program is None:
+                return await _interrupt(api, request.path["sandbox_id"], spec)
+            return await self._interrupt_program(place, program, spec)
+        if program is not None:
+            if not (spec.is_interactive_command or spec.is_interactive_quit):
+                raise Refused("SwerexException", f"an interactive program runs in session {spec.session!r}; end it "
+                                                 "with is_interactive_quit or an interrupt")
+            async with program.lock:
+                program.write(spec.command.encode("utf-8", "surrogatepass") + b"\n")
+                return await self._read(program, spec, [] if spec.is_interactive_quit else spec.expect)
+        if spec.is_interactive_command:
+            program = await self._programs.start(api, place, spec.command)
+            async with program.lock:
+                return await self._read(program, spec, spec.expect)
+        if spec.expect:
+            raise Refused("SwerexException", "expect is supported for interactive commands alone; another command ends "
+                                             "when the shell has run it")
+        return await _run(api, request.path["sandbox_id"], spec, key)
+
+    async def _read(self, program: TerminalProgram, spec: Run, expected: list[str]) -> dict[str, Any]:
+        try:
+            seen = await program.read(expected, spec.timeout)
+        except TimeoutError:
+            raise Refused("CommandTimeoutError", f"timeout after {spec.timeout} seconds while running command "
+                                                 f"{spec.command!r}") from None  # fmt: skip
+        output = _plain(seen.output).lstrip().removeprefix(spec.command).strip()
+        return _ended(output, seen.expected or _PROMPT)
+
+    async def _interrupt_program(self, place: Place, program: TerminalProgram, spec: Interrupt) -> dict[str, Any]:
+        """Send Ctrl-C until an expected text is printed or the program ends; at last end it."""
+        async with program.lock:
+            for _ in range(spec.n_retry):
+                program.write(b"\x03")
+                try:
+                    seen = await program.read(spec.expect, spec.timeout)
+                except TimeoutError:
+                    continue
+                return _ended(_plain(seen.output).strip(), seen.expected or _PROMPT)
+        await self._programs.end(place)
+        return _ended("", _PROMPT)
+
+    async def close(self) -> None:
+        """End the interactive programs."""
+        await self._programs.close()
 
     async def upload(self, request: Request) -> Answer:
         """A form with a file, target_path, and unzip for a folder."""
@@ -168,24 +241,6 @@ async def create_session(api: LocalApi, request: Request, data: bytes, key: str)
     return {"output": _plain(output), "session_type": "bash"}
 
 
-async def close_session(api: LocalApi, request: Request, data: bytes, key: str) -> dict[str, Any]:
-    spec: CloseSession = request_of(data, CloseSession)
-    await api.bytes("close_session", sandbox_id=request.path["sandbox_id"], session=session_name(spec.session), key=key)
-    return {"session_type": "bash"}
-
-
-async def run_in_session(api: LocalApi, request: Request, data: bytes, key: str) -> dict[str, Any]:
-    spec = request_of(data, Run, Interrupt)
-    if spec.expect:
-        raise Refused("SwerexException", "expect is not supported: a command ends when the shell has run it")
-    if isinstance(spec, Interrupt):
-        return await _interrupt(api, request.path["sandbox_id"], spec)
-    if spec.is_interactive_command or spec.is_interactive_quit:
-        raise Refused("SwerexException", "interactive commands are not supported: sessions have no terminal; run the "
-                                         "program with its input in a here-document")
-    return await _run(api, request.path["sandbox_id"], spec, key)
-
-
 async def _run(api: LocalApi, sandbox_id: str, spec: Run, key: str) -> dict[str, Any]:
     """Run a command. A syntax error is found before anything runs: bash executes the lines above it."""
     if "\n" in spec.command.strip():
@@ -207,6 +262,10 @@ async def _run(api: LocalApi, sandbox_id: str, spec: Run, key: str) -> dict[str,
             "failure_reason": seen["failure_reason"], "expect_string": _PROMPT, "session_type": "bash"}  # fmt: skip
 
 
+def _ended(output: str, expected: str) -> dict[str, Any]:
+    return {"output": output, "exit_code": 0, "failure_reason": "", "expect_string": expected, "session_type": "bash"}
+
+
 async def _check_syntax(api: LocalApi, sandbox_id: str, command: str) -> None:
     """Refused when bash cannot parse the command."""
     body = {"command": ["bash", "-n"], "stdin": command + "\n", "timeout": 30.0}
@@ -223,6 +282,8 @@ async def _check_syntax(api: LocalApi, sandbox_id: str, command: str) -> None:
 
 async def _interrupt(api: LocalApi, sandbox_id: str, spec: Interrupt) -> dict[str, Any]:
     """Send Ctrl-C until the session is idle; its output is in the response of the command."""
+    if spec.expect:
+        raise Refused("SwerexException", "expect is supported for interactive programs alone, and none runs")
     name = session_name(spec.session)
     for _ in range(spec.n_retry):
         info = await api.json("interrupt", sandbox_id=sandbox_id, session=name)
@@ -232,22 +293,9 @@ async def _interrupt(api: LocalApi, sandbox_id: str, spec: Interrupt) -> dict[st
             info = next((item for item in (await api.json("list_sessions", sandbox_id=sandbox_id))["items"]
                          if item["session"] == name), {"busy": False})  # fmt: skip
         if not info["busy"]:
-            return {"output": "", "exit_code": 0, "failure_reason": "", "expect_string": _PROMPT,
-                    "session_type": "bash"}  # fmt: skip
+            return _ended("", _PROMPT)
     raise Refused("CommandTimeoutError", f"the command in session {spec.session!r} ignores {spec.n_retry} interrupts; "
                                          "close the session")
-
-
-async def close(api: LocalApi, request: Request, data: bytes, key: str) -> dict[str, Any]:
-    """Close the sessions of this dialect. The sandbox stays until it is stopped, or idle for its timeout."""
-    sandbox_id = request.path["sandbox_id"]
-    for item in (await api.json("list_sessions", sandbox_id=sandbox_id))["items"]:
-        if is_own(item["session"]):
-            try:
-                await api.bytes("close_session", sandbox_id=sandbox_id, session=item["session"])
-            except NotFound:
-                pass  # it ended by itself
-    return {}
 
 
 # ---- commands and files ----

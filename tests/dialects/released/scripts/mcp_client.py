@@ -25,12 +25,13 @@ async def main(transport: str, mode: str) -> None:
     prefix = f"{transport} {mode}: "
     async with Client(target_of(transport), mode=mode) as client:
         with check(prefix + "version"):
-            assert client.protocol_version == ("2025-11-25" if mode == "legacy" else "2026-07-28")
+            modern = mode not in ("legacy", "auto") or (mode == "auto" and transport == "stdio")
+            assert client.protocol_version == ("2026-07-28" if modern else "2025-11-25")
         with check(prefix + "list of tools"):
             tools = {tool.name: tool for tool in (await client.list_tools()).tools}
             assert {"run_command", "run_code", "read_file", "env_make", "sandbox_create"} <= set(tools)
         where: dict[str, str] = {}
-        if transport == "http" and mode != "legacy":
+        if transport == "http" and modern:
             made = await client.call_tool("sandbox_create", {"memory": "512m"})
             where = {"sandbox_id": made.structured_content["sandbox_id"]}
 

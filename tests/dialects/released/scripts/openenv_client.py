@@ -155,9 +155,21 @@ def validate(url: str) -> None:
         assert report["mode"] == "simulation" and len(report["criteria"]) == 6
 
 
+def image() -> None:
+    with check("an image as a sandbox: from_docker_image with RockProvider"):
+        from rock.integrations.openenv import RockProvider
+
+        provider = RockProvider(memory="256m")
+        with GenericEnvClient.from_docker_image(os.environ["IMAGE"], provider=provider).sync() as env:
+            assert env.reset().observation["steps"] == 0
+            assert env.step({"action": 1}).reward == 1.0 and env.step({"action": 1}).done
+        assert provider.sandbox is None
+
+
 sync_client()
 typed_client()
 asyncio.run(async_client())
 routes_of_tasks()
+image()
 if len(sys.argv) > 1:
     validate(sys.argv[1])

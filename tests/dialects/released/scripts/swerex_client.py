@@ -101,6 +101,27 @@ async def main(kind: str, url: str, token: str) -> None:
             assert (await runtime.run_in_session(BashInterruptAction(session="busy", timeout=2))).exit_code == 0
             assert (await asyncio.wait_for(task, 20))[1] == 130
         await runtime.close_session(CloseBashSessionRequest(session="busy"))
+    with check("interactive program: expect, state of the session, interrupt, quit"):
+        await runtime.create_session(CreateBashSessionRequest(session="repl", startup_timeout=5))
+        await run("cd /var && export FOR_PROGRAM=here", "repl")
+
+        async def interact(command: str, expect: list[str], **more: bool) -> tuple[str, str]:
+            more = more or {"is_interactive_command": True}
+            action = BashAction(command=command, session="repl", expect=expect, timeout=10, **more)
+            seen = await runtime.run_in_session(action)
+            return seen.output, seen.expect_string
+
+        assert (await interact("python3 -q", [">>> "]))[1] == ">>> "
+        assert await interact("import os", [">>> "]) == ("", ">>> ")
+        assert (await interact("print(os.getcwd(), os.environ['FOR_PROGRAM'])", [">>> "]))[0] == "/var here"
+        with raises(CommandTimeoutError):
+            action = BashAction(command="while True: pass", session="repl", expect=[">>> "], timeout=1,
+                                is_interactive_command=True)  # fmt: skip
+            await runtime.run_in_session(action)
+        await runtime.run_in_session(BashInterruptAction(session="repl", expect=[">>> "], timeout=2))
+        await interact("exit()", [], is_interactive_quit=True)
+        assert await run("pwd", "repl") == ("/var", 0)
+        await runtime.close_session(CloseBashSessionRequest(session="repl"))
     with check("execute"):
         seen = await runtime.execute(Command(command=["sh", "-c", "echo out; echo err >&2; exit 3"], cwd="/tmp"))
         assert (seen.stdout, seen.stderr, seen.exit_code) == ("out\n", "err\n", 3)

@@ -1,0 +1,1 @@
+"""Classes that other frameworks load by their import path. Each module needs the framework that it is named after."""
