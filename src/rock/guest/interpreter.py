@@ -135,7 +135,7 @@ class Capture:
         """Wait until what was written before is sent."""
         self._drained.clear()
         os.write(self._fd, _MARK)
-        self._drained.wait(2.0)
+        self._drained.wait(10.0)
 
     def _read(self) -> None:
         held = b""
