@@ -123,7 +123,7 @@ seccomp-programs: $(VENV)/ready-dev
 FUZZ ?= 300
 
 fuzz: $(VENV)/ready-dev
-	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py
+	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py tests/dialects/test_random_requests.py
 
 # Randomised runs of the fault suite: kill -9, SIGSTOP, dropped replies, stores that fail, clocks that jump, damaged
 # files. SEED=N has them again; KINDS="joined cluster" for some of the kinds, MINUTES=N for at most so long each.

@@ -172,6 +172,9 @@ def test_single_requests(env: Environment) -> None:
     assert env.post("/step", {"action": {"action": "\\boxed{1}"}}).json["metadata"]["terminated"] in (True, False)
     for body in ({}, {"action": 7}, {"action": {}}, {"action": {"action": "x"}, "timeout_s": 1}, {"more": 1}):
         assert env.post("/step", body).status == 422, body
+    failed = env.post("/reset", {"env_id": "the constructor has this argument"})
+    assert (failed.status, failed.json["code"]) == (400, "FACTORY_ERROR")
+    assert env.post("/reset", {"options": {}}).json["code"] == "VALIDATION_ERROR"
     assert env.post("/reset", b"{").status == 422 and env.post("/reset", {"seed": -1}).status == 422
     until(lambda: processes(env) <= max(before, 3))
 

@@ -1,1 +1,1 @@
-"""Wire protocols of other systems, over the public service interface."""
+"""Wire protocols of other sandbox services, over the public service interface: docs/adding-a-dialect.md."""

@@ -253,15 +253,14 @@ class Control:
         relayed = RelayedCalls(routed, settings.reconnect_timeout)
         self.gateway: ServerGateway | None = None
         self._remote_gateway: RemoteGateway | None = None
-        self._routes = self.admin.app
+        self.protocols = Protocols(routed)
+        self._routes = self.protocols.over(self.admin.app)
         if settings.gateway == "on" and role != "read":
             self.gateway = ServerGateway(settings, self._proxy, self.admin)
-            self._routes = self.gateway.over(self.admin.app)
+            self._routes = self.gateway.over(self._routes)
         self.e2b = e2b_of(settings, self.admin, store, self._proxy)
         if self.e2b is not None:
             self._routes = self.e2b.over(self._routes)
-        self.protocols = Protocols(routed)
-        self._routes = self.protocols.over(self._routes)
         self.page = page_of(settings, self.admin, store)
         checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
                               settings.api_key, self.admin.keys, settings.worker_key,

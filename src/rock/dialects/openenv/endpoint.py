@@ -22,7 +22,6 @@ from rock.dialects.openenv.messages import (
     Failure,
     StepRequest,
     dumps,
-    http_status,
     metadata,
     openapi,
     parsed,
@@ -223,4 +222,4 @@ def _answer(value: Any, status: int = 200) -> Answer:
 
 
 def _failed(error: Failure) -> Answer:
-    return _answer({"detail": error.message, **error.to_wire()["data"]}, http_status(error))
+    return _answer({"detail": error.message, **error.to_wire()["data"]}, error.status)

@@ -115,6 +115,9 @@ class Episode:
 
     async def _reset(self, kind: Kind, spec: Reset) -> dict[str, Any]:
         """Reset the environment; other arguments of its constructor need another one."""
+        if kind.protocol == "gem" and spec.options is not None:
+            raise Failure(VALIDATION_ERROR, f"{kind.env_id} has no options; arguments of its constructor are keywords "
+                                            "of the reset")  # fmt: skip
         if self._place is None or self._made_of != spec.arguments:
             await self._close()
             made = await environments.make(self._api, kind, spec.arguments, timeout=STEP_TIMEOUT)

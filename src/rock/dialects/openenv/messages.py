@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rock.errors import ClientError, InvalidConfig, NoCapacity, QuotaExceeded, RockError
+from rock.errors import InvalidConfig, NoCapacity, QuotaExceeded, RockError
 from rock.http.asgi import tell_validation
 
 LONGEST = 16 << 20  # bytes of a message
@@ -19,13 +19,14 @@ FACTORY_ERROR, SESSION_ERROR = "FACTORY_ERROR", "SESSION_ERROR"
 
 
 class Failure(Exception):
-    """The error of a message, with one of the codes above."""
+    """The error of a message, with one of the codes above. status: over HTTP."""
 
-    def __init__(self, code: str, message: str, details: dict[str, Any] | None = None) -> None:
+    def __init__(self, code: str, message: str, details: dict[str, Any] | None = None, status: int = 422) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.details = details or {}
+        self.status = status
 
     def to_wire(self) -> dict[str, Any]:
         return {"type": "error", "data": {"message": self.message, "code": self.code, **self.details}}
@@ -39,7 +40,7 @@ def failure_of(error: RockError, making: bool = False) -> Failure:
         code = VALIDATION_ERROR
     else:
         code = FACTORY_ERROR if making else EXECUTION_ERROR
-    return Failure(code, str(error), {"error": error.to_wire()["error"]})
+    return Failure(code, str(error), {"error": error.to_wire()["error"]}, error.status)
 
 
 class Reset(BaseModel):
@@ -89,17 +90,6 @@ def validated(kind: type[Reset] | type[StepRequest], value: Any) -> Any:
 
 def dumps(value: Any) -> bytes:
     return orjson.dumps(value, default=repr, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
-
-
-def http_status(failure: Failure) -> int:
-    """The status of a failure over HTTP."""
-    if failure.code in (VALIDATION_ERROR, INVALID_JSON):
-        return 422
-    return 503 if failure.code == CAPACITY_REACHED else 500
-
-
-def status_of(error: RockError) -> int:
-    return error.status if isinstance(error, ClientError) else max(500, error.status)
 
 
 # ---- descriptions ----

@@ -37,7 +37,7 @@ class SessionTable:
         own = sum(kept.owner == owner for kept in self._kept.values())
         if own >= MOST_OF_ONE or len(self._kept) >= MOST:
             raise Failure(CAPACITY_REACHED, f"there are {own} sessions, of at most {MOST_OF_ONE}",
-                          {"active_sessions": own, "max_sessions": MOST_OF_ONE})
+                          {"active_sessions": own, "max_sessions": MOST_OF_ONE}, 429)
         session_id = secrets.token_hex(16)
         self._kept[session_id] = HeldSession(owner, episode)
         return session_id
