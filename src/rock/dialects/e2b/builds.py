@@ -194,7 +194,7 @@ class Builds:
 
     def find(self, caller: Caller, text: str) -> Template | None:
         """A template of the caller's tenant by its id or its name; a tag is a part of the image's name."""
-        name = text.partition(":")[0]
+        name = text.partition(":")[0].lower()
         template_id = name if _ID.fullmatch(name) else _id_of(caller.owner, name)
         try:
             found = orjson.loads((self._templates / f"{template_id}.json").read_bytes())
@@ -213,7 +213,8 @@ class Builds:
 
     async def create(self, request: Request) -> Answer:
         spec = validate(NewTemplate, await request.json())
-        name, _, tag = (spec.name or spec.alias or "").partition(":")
+        name, _, tag = (spec.name or spec.alias or "").strip().partition(":")
+        name = name.lower()  # as in E2B
         tags = [*([tag] if tag else []), *spec.tags]
         if not _NAME.fullmatch(name) or name in BASE or not all(_TAG.fullmatch(each) for each in tags):
             raise InvalidConfig(f"name={name[:80]!r} and tags {tags[:5]} are no names of a template",
