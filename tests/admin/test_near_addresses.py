@@ -179,3 +179,9 @@ def test_a_named_registry_is_reached_and_leads_nowhere_near(
     monkeypatch.setenv("ROCK_PRIVATE_REGISTRIES", address)
     with pytest.raises(ImageError, match="has no"):
         ask(public(f"{address}/x:1"))
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "..x", "x..y"])
+def test_a_host_name_that_cannot_be_encoded_is_not_reached(host: str) -> None:
+    with pytest.raises(OSError, match="is no host name"):
+        reach.addresses_of(host, 80)

@@ -184,6 +184,8 @@ class Pool:
     async def _addresses(self) -> Sequence[tuple[int, str]]:
         try:
             found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except UnicodeError:  # a label that is empty or too long
+            raise ConnectFailed(f"{self._host[:80]!r} is no host name") from None
         except OSError as error:
             raise ConnectFailed(f"the name is not resolved: {_words(error)}") from None
         addresses = [(int(family), str(address[0])) for family, _, _, _, address in found]

@@ -37,7 +37,10 @@ def is_named(host: str, port: int) -> bool:
 
 def addresses_of(host: str, port: int) -> list[str]:
     """The permitted addresses of a host. ImageError when it has only others; OSError without an address."""
-    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # a label that is empty or too long
+        raise OSError(f"{host[:80]!r} is no host name: {error}") from None
     named = is_named(host, port)
     open_ones = [str(row[4][0]) for row in found if named or _is_open(str(row[4][0]), port)]
     if not open_ones:
