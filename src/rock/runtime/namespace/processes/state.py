@@ -9,9 +9,9 @@ Standard library only.
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping as Dictionary
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -188,8 +188,9 @@ def read(folder: str) -> Tree:
         raise Damaged("its copied processes are damaged") from None
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _digest(text: str) -> int:
+    """Detects damage, not intent: only the server writes the file. hashlib would load OpenSSL in each template."""
+    return zlib.crc32(text.encode())
 
 
 def _plain(value: Any) -> Any:
