@@ -282,7 +282,7 @@ if not os.fork():
         async with forking(tmp_path) as (runtime, box):
             process = await prepared(box, code)
             made = 0
-            for number in range(12):
+            for number in range(6):
                 name = f"{number:032x}"
                 try:
                     await runtime.checkpoint(box.handle, name, "auto", processes=True)

@@ -230,17 +230,17 @@ class Pages:
     def __init__(self, found: Sequence[Found], most: int) -> None:
         """TooLarge, OSError, address_space.TooMany."""
         self.runs: dict[int, list[state.Run]] = {}
+        self._hidden: dict[int, list[state.Run]] = {}  # those that the process itself cannot read
         self.size = self.bytes = 0
         for one in found:
             self._place(one)
             if self.bytes > most:
                 raise TooLarge(f"the processes have more than {most >> 20} MiB of memory of their own")
-        self._hidden = {one.outside: _unreadable(one) for one in found}
         self.memory = reserve(self.size, [(each.start, each.end) for one in found for each in one.mappings])
 
     def _place(self, one: Found) -> None:
         pages = address_space.own_pages(one.outside)
-        runs = self.runs[one.outside] = []
+        runs, hidden = self.runs.setdefault(one.outside, []), self._hidden.setdefault(one.outside, [])
         for mapping in one.mappings:
             mine = address_space.within(pages, mapping)
             if not mine or mapping.is_special:
@@ -249,6 +249,8 @@ class Pages:
             for start, end in mine:
                 place = self.size + start - mapping.start if whole else self.size
                 runs.append(state.Run(start, end, place))
+                if not mapping.protection & 1:
+                    hidden.append(runs[-1])
                 self.bytes += end - start
                 if not whole:
                     self.size += end - start
@@ -258,12 +260,12 @@ class Pages:
     def read(self, check: Callable[[], None]) -> None:
         """Copy the pages from the stopped processes. check: called after each portion. OSError."""
         for pid, runs in self.runs.items():
-            hidden = self._hidden[pid]
-            plain = [part for run in runs if not _touches(run, hidden) for part in _parts(run)]
+            hidden = set(self._hidden[pid])
+            plain = [part for run in runs if run not in hidden for part in _parts(run)]
             for batch in _batches(plain):
                 self._read(pid, batch)
                 check()
-            self._read_hidden(pid, [part for run in runs if _touches(run, hidden) for part in _parts(run)])
+            self._read_hidden(pid, [part for run in self._hidden[pid] for part in _parts(run)])
             check()
 
     def _read(self, pid: int, runs: Sequence[state.Run]) -> None:
@@ -313,14 +315,6 @@ def _batches(runs: Sequence[state.Run]) -> Iterator[list[state.Run]]:
         size += run.end - run.start
     if batch:
         yield batch
-
-
-def _unreadable(one: Found) -> list[Range]:
-    return [(each.start, each.end) for each in one.mappings if not each.protection & 1]
-
-
-def _touches(run: state.Run, ranges: Sequence[Range]) -> bool:
-    return any(start < run.end and run.start < end for start, end in ranges)
 
 
 class Reserved:

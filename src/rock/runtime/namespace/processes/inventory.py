@@ -13,6 +13,7 @@ import os
 import stat
 import struct
 import termios
+import time
 from collections.abc import Mapping as Dictionary
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,6 +29,7 @@ MOST_PROCESSES = 64
 MOST_THREADS = 512
 _MOST_DESCRIPTORS = 2000
 _MOST_PIPE = 1 << 20  # bytes
+_PATIENCE = 1.0  # seconds
 _KCMP, _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL = 312, 0, 1, 2, 3, 7
 _MEMORY_FIELDS = (26, 27, 45, 46, 47, 0, 28, 48, 49, 50, 51)  # of /proc/PID/stat, in the order of prctl_mm_map
 _DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
@@ -68,6 +70,7 @@ class Inventory:
         self.pipes: list[state.Pipe] = []
         self.descriptors: dict[int, list[tuple[int, int, int]]] = {}  # by number outside
         self._threads = 0
+        self._end = time.monotonic() + _PATIENCE
         self._first = first
         self._pids = [pid for pid in pids if pid != first]
         self._inside = {pid: inside(pid) for pid in (first, *self._pids)}
@@ -199,6 +202,8 @@ class Inventory:
         if sum(len(known) for known in self.descriptors.values()) + len(numbers) > _MOST_DESCRIPTORS:
             return [f"has more than {_MOST_DESCRIPTORS} open files, with those of the other processes"]
         for number in numbers:
+            if time.monotonic() > self._end:
+                raise address_space.TooMany(f"the open files cannot be examined in {_PATIENCE:g} s")
             link = f"/proc/{pid}/fd/{number}"
             target, info = os.readlink(link), process_files.fields_of(f"/proc/{pid}/fdinfo/{number}")
             flags = int(info["flags"], 8)

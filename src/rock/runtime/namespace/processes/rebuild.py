@@ -23,7 +23,7 @@ from rock.runtime.namespace.processes import address_space, capture
 from rock.runtime.namespace.processes.address_space import PAGE, Mapping
 from rock.runtime.namespace.processes.capture import Reserved
 from rock.runtime.namespace.processes.starting import Failed, Waiting
-from rock.runtime.namespace.processes.state import Description, Process, Run, Thread, Tree, is_parked
+from rock.runtime.namespace.processes.state import Description, Process, Run, Thread, Tree, is_parked, mapping_of
 from rock.runtime.namespace.processes.traced import ORIG_RAX, PRSTATUS, RAX, RIP, WORD, XSTATE, Table, Traced, write
 
 _PRIVATE, _SHARED, _FIXED, _ANONYMOUS, _GROWS, _STACK, _NORESERVE = 2, 1, 0x10, 0x20, 0x100, 0x20000, 0x4000
@@ -100,9 +100,9 @@ def _map(table: Table, one: Process, places: Places) -> None:
     """Map the files, and move the copied memory to its addresses."""
     starts: dict[int, Run] = {}
     for run in one.runs:
-        starts.setdefault(_mapping_of(one, run.start), run)
+        starts.setdefault(mapping_of(one, run.start).start, run)
     opened = ""
-    for index, each in enumerate(one.mappings):
+    for each in one.mappings:
         if each.is_special:
             continue
         if each.is_file:
@@ -113,8 +113,8 @@ def _map(table: Table, one: Process, places: Places) -> None:
                 opened = each.name
             sharing = _SHARED if each.shared else _PRIVATE
             table.call("mmap", each.start, each.size, each.protection, sharing | _FIXED, 0, each.offset)
-        elif index in starts and is_parked(each):
-            run = starts[index]
+        elif each.start in starts and is_parked(each):
+            run = starts[each.start]
             place = places.memory.address + run.place - (run.start - each.start)
             table.call("mremap", place, each.size, each.size, _MOVE, each.start)
             if each.protection != 3:
@@ -127,13 +127,6 @@ def _map(table: Table, one: Process, places: Places) -> None:
     if opened:
         table.call("close", 0)
     table.call("munmap", places.memory.address, places.memory.size)
-
-
-def _mapping_of(one: Process, address: int) -> int:
-    for index, each in enumerate(one.mappings):
-        if each.start <= address < each.end:
-            return index
-    raise Failed("pages lie outside of all mappings")
 
 
 def _memory_fields(table: Table, one: Process) -> None:
@@ -270,7 +263,7 @@ class Rebuilt:
         places = Places(own, memory, capture.rseq_of(pid), program, capture.limits(first))
         self._first.execute(plan(self._waiting, tree, places), memory.room)
         for run in one.runs:
-            if (mapping := one.mappings[_mapping_of(one, run.start)]).is_file or not is_parked(mapping):
+            if not is_parked(mapping_of(one, run.start)):
                 write(self._first.memory, memory.view(run.place, run.end - run.start), run.start)
         for thread in one.threads:
             choose(thread.tid)

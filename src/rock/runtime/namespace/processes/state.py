@@ -8,9 +8,10 @@ Standard library only.
 
 from __future__ import annotations
 
-import hashlib
+import bisect
 import json
 import os
+import zlib
 from collections.abc import Mapping as Dictionary
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -141,10 +142,17 @@ def span(one: Process) -> tuple[int, int] | None:
     """The range of the places of a process, whole pages; None without pages of its own."""
     if not one.runs:
         return None
-    starts = [(run, next(each for each in one.mappings if each.start <= run.start < each.end)) for run in one.runs]
-    first = min(run.place - (run.start - each.start if is_parked(each) else 0) for run, each in starts)
-    last = max(run.place + (each.end - run.start if is_parked(each) else run.end - run.start) for run, each in starts)
-    return first, last
+    (first, of_first), (last, of_last) = ((run, mapping_of(one, run.start)) for run in (one.runs[0], one.runs[-1]))
+    end = of_last.end - last.start if is_parked(of_last) else last.end - last.start
+    return first.place - (first.start - of_first.start if is_parked(of_first) else 0), last.place + end
+
+
+def mapping_of(one: Process, address: int) -> Mapping:
+    """The mapping in which pages of a process lie. Damaged."""
+    index = bisect.bisect_right(one.mappings, address, key=lambda each: each.start) - 1
+    if index < 0 or not address < one.mappings[index].end:
+        raise Damaged("pages lie outside of all mappings")
+    return one.mappings[index]
 
 
 def is_parked(mapping: Mapping) -> bool:
@@ -180,8 +188,9 @@ def read(folder: str) -> Tree:
         raise Damaged("its copied processes are damaged") from None
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _digest(text: str) -> int:
+    """Detects damage, not intent: only the server writes the file. hashlib would load OpenSSL in each template."""
+    return zlib.crc32(text.encode())
 
 
 def _plain(value: Any) -> Any:
