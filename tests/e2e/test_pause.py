@@ -15,7 +15,7 @@ from rock.errors import Conflict, Unsupported
 from rock.protocol.sandbox import State
 from rock.sync import Client, Sandbox
 
-COUNT = "i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.02; done"
+COUNT = "i=0; while :; do i=$((i+1)); echo $i > /tmp/next; mv /tmp/next /tmp/count; sleep 0.02; done"
 
 
 @pytest.fixture
