@@ -35,6 +35,7 @@ http://{{ .Release.Name }}-reader.{{ .Release.Namespace }}:{{ .Values.admin.port
 {{- if not (has .Values.workers.level (list "A" "B" "C" "D")) }}{{ fail "workers.level is A, B, C or D" }}{{ end }}
 {{- if and (eq .Values.store.kind "sqlite") (or (gt (int .Values.admin.replicas) 1) (gt (int .Values.reader.replicas) 0)) }}
 {{- fail "several admins or readers need store.kind postgres" }}{{ end }}
+{{- if and .Values.monitoring.keda.enabled .Values.monitoring.hpa.enabled }}{{ fail "monitoring.keda and monitoring.hpa scale the same workers: enable one of them" }}{{ end }}
 {{- if not .Values.secret.existing }}
 {{- if or (not .Values.secret.apiKey) (not .Values.secret.workerKey) }}{{ fail "set secret.apiKey and secret.workerKey, or secret.existing" }}{{ end }}
 {{- if eq .Values.secret.apiKey .Values.secret.workerKey }}{{ fail "secret.apiKey and secret.workerKey are the same: workers would have all rights" }}{{ end }}
