@@ -23,7 +23,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from rock.protocol.keys import Access, CreateKey
-from rock.sync import Client
+from rock.sync import Client, Sandbox
 
 UNARY, STREAM = "application/json", "application/connect+json"
 Reply = tuple[int, Any, dict[str, str]]
@@ -475,6 +475,12 @@ def test_hosts_of_ports(e2b: RunningServer, made: dict[str, Any]) -> None:
     assert closed[0] == 502 and "port is not open" in closed[1]["message"]
     gone = ask(e2b, "GET", "/", None, {"Host": f"8123-{'0' * 32}.{DOMAIN}"})
     assert gone[0] == 502 and gone[1]["message"] == "The sandbox was not found"
+    with Sandbox("host", memory="64m", cpus=0.1, base_url=e2b.url, api_key=OWNER) as native:  # not of this dialect
+        native.processes.start(["python3", "-m", "http.server", "8123", "--bind", "127.0.0.1"])
+        path = f"/v1/sandboxes/{native.sandbox_id}/ports/8123/"
+        until(lambda: ask(e2b, "GET", path, None, {"X-API-KEY": OWNER})[0] == 200, 30)
+        closed = ask(e2b, "GET", "/", None, {"Host": f"8123-{native.sandbox_id}.{DOMAIN}"})
+        assert closed[0] == 502 and closed[1]["message"] == "The sandbox was not found"
     for host in (f"0-{sandbox_id}.{DOMAIN}", f"99999-{sandbox_id}.{DOMAIN}", f"8123-{sandbox_id}.other", DOMAIN):
         assert ask(e2b, "GET", "/v1/sandboxes", None, {"Host": host})[0] == 401
 

@@ -33,7 +33,7 @@ from rock.dialects.e2b.ports import forward, target_of
 from rock.dialects.e2b.process import SERVICE as PROCESS
 from rock.dialects.e2b.process import ProcessService
 from rock.dialects.e2b.programs import Programs
-from rock.dialects.e2b.state import PRIVATE, RESUMES, Options
+from rock.dialects.e2b.state import PRIVATE, RESUMES, TEMPLATE, Options
 from rock.dialects.e2b.terminals import Terminals
 from rock.dialects.e2b.tokens import Tokens
 from rock.dialects.e2b.watching import Watching
@@ -149,10 +149,11 @@ class E2B:
         return {**scope, "path": path, "raw_path": path.encode(), "headers": named, GRANTED: signed[1]}
 
     async def _by_host(self, target: tuple[int, str], scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a request to a port: everybody may send it, unless the sandbox allows no public traffic."""
+        """Forward a request to a port: everybody may send it, unless the sandbox allows no public traffic. Sandboxes that
+        were not created over this dialect have no public ports."""
         port, sandbox_id = target
         record = await self._load(sandbox_id)
-        if record is None or record.state is not State.RUNNING:
+        if record is None or record.state is not State.RUNNING or TEMPLATE not in record.info.labels:
             await _respond(scope, receive, send, not_running(NotRunning(sandbox_id)))
             return
         token = dict(scope["headers"]).get(_TRAFFIC, b"").decode("latin-1")
