@@ -149,8 +149,8 @@ class E2B:
         return {**scope, "path": path, "raw_path": path.encode(), "headers": named, GRANTED: signed[1]}
 
     async def _by_host(self, target: tuple[int, str], scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward a request to a port: everybody may send it, unless the sandbox allows no public traffic. Sandboxes that
-        were not created over this dialect have no public ports."""
+        """Forward a request to a port: everybody may send it, unless the sandbox allows no public traffic. Sandboxes
+        that were not created over this dialect have no public ports."""
         port, sandbox_id = target
         record = await self._load(sandbox_id)
         if record is None or record.state is not State.RUNNING or TEMPLATE not in record.info.labels:
