@@ -108,7 +108,7 @@ def _validated(fields: Any, source: str) -> RockSandboxConfig:
     try:
         return RockSandboxConfig.model_validate({} if fields is None else fields)
     except ValidationError as error:
-        raise errors.InvalidConfig(f"{source}: {explain(error, RockSandboxConfig)}",
+        raise errors.InvalidConfig(f"the options in {source} are invalid: {explain(error, RockSandboxConfig)}",
                                    hint=f"the fields are {', '.join(RockSandboxConfig.model_fields)}") from error
 
 
@@ -203,7 +203,7 @@ class RockSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]
         except errors.RockError:
             return False
 
-    async def _check_running(self, error: errors.RockError) -> None:
+    async def _check_running(self, error: errors.RockError | None) -> None:
         """SandboxUnavailableError when the sandbox, and not a file in it, is what does not exist."""
         try:
             info = await self.sandbox.info()
@@ -219,7 +219,7 @@ class RockSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]
         if user is not None and user != self._user:
             raise errors.Unsupported("`rock shell` has no option for a user", hint="call connection() without a user")
         try:
-            await self._check_running(errors.NotFound("the sandbox does not exist"))
+            await self._check_running(None)
         except SandboxUnavailableError as error:
             raise ConnectionError(str(error)) from error
         return SandboxConnection(type="rock", command=f"rock shell {self.sandbox.sandbox_id}",
@@ -278,7 +278,7 @@ class RockSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]
 
     @classmethod
     def config_deserialize(cls, config: dict[str, Any]) -> RockSandboxConfig:
-        return _validated(config, "the configuration of the sandbox provider rock")
+        return _validated(config, "RockSandboxConfig")
 
 
 async def _working_dir(sandbox: Sandbox, config: RockSandboxConfig) -> str:

@@ -28,9 +28,10 @@ from rock.integrations.inspect_ai import LABELS, RockSandboxConfig  # noqa: E402
 from rock.sync import Sandbox  # noqa: E402
 
 ADD = "sh add.sh $(cat numbers.txt) > answer.txt"
-PREPARE = """mkdir -p /etc/skel /etc/pam.d
+PREPARE = """chmod 1777 /tmp; mkdir -p /etc/skel /etc/pam.d
 printf 'auth sufficient pam_rootok.so\\naccount required pam_permit.so\\n' > /etc/pam.d/chfn"""
 CONFIG = RockSandboxConfig(image="host", memory="512m", user="daemon", working_dir="/work/sample")
+AS_ROOT = RockSandboxConfig(image="host", memory="512m", working_dir="/work/sample")
 
 
 def running() -> list[str]:
@@ -47,7 +48,7 @@ async def until_sleeping(box: Any, wanted: bool) -> None:
 
 async def self_checks() -> None:
     made = await PROVIDER.sample_init("self_check", CONFIG, {})
-    # adduser and chfn need these files of Debian, which the image "host" does not have.
+    # Users and programs expect these files and modes of Debian, which the image "host" may not have.
     await made["default"].exec(["sh", "-c", PREPARE], user="root")
     try:
         for name, function in inspect.getmembers(self_check, inspect.iscoroutinefunction):
@@ -128,7 +129,7 @@ def evaluate(config: Any, **options: Any) -> Any:
 asyncio.run(self_checks())
 asyncio.run(contract())
 with check("an evaluation with files, setup, a tool, a scorer and exec_remote"):
-    log = evaluate(CONFIG)
+    log = evaluate(AS_ROOT)
     assert log.status == "success" and log.results.scores[0].metrics["accuracy"].value == 1.0, log.error or log.results
     assert running() == []
 with check("a configuration in a file"), tempfile.TemporaryDirectory() as folder:
@@ -146,7 +147,7 @@ with check("an unknown field is rejected by its name"), tempfile.TemporaryDirect
     with raises(InvalidConfig, "gpu"):
         PROVIDER.config_deserialize({"gpu": 1})
 with check("--no-sandbox-cleanup, and inspect sandbox cleanup rock"):
-    log = evaluate(CONFIG, sandbox_cleanup=False)
+    log = evaluate(AS_ROOT, sandbox_cleanup=False)
     assert log.status == "success" and len(running()) == 3, (log.error, running())
     subprocess.run(["inspect", "sandbox", "cleanup", "rock"], check=True)
     assert running() == []
