@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "envs": {"envs", "sync", "guest", "protocol", "errors", "settings"},
     "training": {"sdk", "sync"},
     # classes that other frameworks load by path; each imports its framework in itself, and nothing of the server
-    "integrations": {"integrations", "sync", "protocol", "errors", "settings"},
+    "integrations": {"integrations", "sdk", "sync", "protocol", "errors", "settings"},
     "gym": {"gym", "envs", "guest", "sync", "protocol", "errors", "settings"},
 }
 # Old import paths that only name things of a higher floor again.
@@ -59,7 +59,7 @@ ALIASES = {"sdk/envs/__init__": {"envs"}, "sdk/envs/rock_env": {"envs"}, "sdk/en
             "sdk/common": {"errors"}}
 ROOFS = {"__main__", "cli", "__init__", "bench", "testing"}
 OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "docker", "asyncpg", "psycopg",
-            "opentelemetry", "prometheus_client"}
+            "opentelemetry", "prometheus_client", "inspect_ai"}
 
 # Where they may be imported: in what bears their name, and in what runs inside a sandbox, where they are installed.
 HOMES = {
@@ -69,6 +69,7 @@ HOMES = {
     "asyncpg": {"store/postgres"},
     "opentelemetry": {"telemetry/otel"},
     "ray": {"scheduler/ray"},
+    "inspect_ai": {"integrations/inspect_ai"},
     "gem": {"envs/vector", "guest/environments/hosting", "guest/environments/host"},
 }
 

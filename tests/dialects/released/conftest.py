@@ -44,6 +44,7 @@ SYSTEMS = {
     "mcp-pydantic": System("MCP of Pydantic AI (pydantic-ai-slim)", ("pydantic-ai-slim[mcp]==2.68.0",)),
     "swerex": System("SWE-ReX (swe-rex)", ("swe-rex==1.4.0", "aiohttp")),
     "openenv": System("OpenEnv (openenv)", ("openenv==0.10.0", "click>=8.2", "orjson>=3.10", "websockets>=15")),
+    "inspect": System("Inspect (inspect_ai)", ("inspect_ai==0.3.285", "click>=8.2", "orjson>=3.10", "websockets>=15")),
     "agentscope": System("AgentScope (agentscope-runtime)", ("agentscope-runtime==1.1.6.post2",)),
 }
 
