@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import slowness
 
 from rock.errors import (
     ActionError,
@@ -305,7 +306,7 @@ def test_a_fork_that_takes_too_long(small: Path, hosted: Run) -> None:
     """Its children end, and their parent goes on."""
 
     async def body(host: EnvHost, *_: Any) -> None:
-        number = await host.make(ECHO, timeout=1.5)
+        number = await host.make(ECHO, timeout=1.5 * slowness())
         _, info = await host.reset(number)
         os.kill(info["pid"], signal.SIGSTOP)
         found = await host.fork(number, 3)
