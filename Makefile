@@ -194,7 +194,7 @@ agents: $(VENV)/ready-dev
 # Released clients of other systems (MCP, SWE-ReX, OpenEnv, AgentScope) against a server, each in a virtual environment
 # that is kept in ROCK_TEST_CACHE; prints a table of systems, versions and results.
 integrations: $(VENV)/ready-dev
-	ROCK_TEST_INTEGRATIONS=1 $(PY) -m pytest tests/dialects/released
+	ROCK_TEST_INTEGRATIONS=1 $(PY) -m pytest tests/dialects/released tests/e2b
 
 # Steps of environments next to rlmesh 0.1.0 and AsyncVectorEnv; needs a quiet machine.
 RLMESH := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/rlmesh
