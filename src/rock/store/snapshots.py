@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
+from pydantic import ValidationError
+
 from rock import faults
 from rock.errors import Conflict, NotFound, QuotaExceeded
 from rock.protocol.snapshots import SnapshotInfo
@@ -71,7 +73,11 @@ def _row(info: SnapshotInfo) -> tuple[Any, ...]:
 
 def _loaded(row: Any) -> SnapshotInfo:
     _, _, _, _, _, state, used_at, _, text = row
-    return SnapshotInfo.model_validate_json(text).model_copy(update={"state": state, "used_at": used_at})
+    try:
+        info = SnapshotInfo.model_validate_json(text)
+    except ValidationError:  # before schema 9, PostgreSQL's rows had each backslash twice
+        info = SnapshotInfo.model_validate_json(text.replace("\\\\", "\\"))
+    return info.model_copy(update={"state": state, "used_at": used_at})
 
 
 class SqliteSnapshots:
@@ -170,7 +176,7 @@ class PostgresSnapshots:
             await db.execute(
                 f"INSERT INTO snapshot ({_COLUMNS}, created_at, idempotency_key) "
                 "VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-                *_encoded(info, self._encode), info.created_at, stored,
+                *_row(info), info.created_at, stored,
             )  # fmt: skip
             return info
 
@@ -190,7 +196,7 @@ class PostgresSnapshots:
             return [_loaded(row) for row in await db.fetch(text, tenant, worker, wanted)]
 
     async def save(self, info: SnapshotInfo) -> None:
-        row = _encoded(info, self._encode)
+        row = _row(info)
         async with self._transaction() as db:
             await db.execute("UPDATE snapshot SET state = $2, used_at = $3, ttl = $4, info = $5 WHERE id = $1",
                              row[0], *row[5:])  # fmt: skip
@@ -207,9 +213,3 @@ class PostgresSnapshots:
     async def remove(self, snapshot_id: str) -> None:
         async with self._transaction() as db:
             await db.execute("DELETE FROM snapshot WHERE id = $1", snapshot_id)
-
-
-def _encoded(info: SnapshotInfo, encode: Callable[[str], str]) -> list[Any]:
-    """The row, in which the text that came from outside is encoded."""
-    *row, text = _row(info)
-    return [*row, encode(text)]
