@@ -27,7 +27,8 @@ class Create(Arguments):
     network: Literal["none", "nat"] = Field(
         default="none", description='"none" has loopback only; "nat" reaches public addresses.')
     egress: list[str] | None = Field(
-        default=None, max_length=64, description='The only allowed destinations, like "example.com:443"; implies "nat".')
+        default=None, max_length=64,
+        description='The only allowed destinations, like "example.com:443"; implies "nat".')
     env: dict[str, str] | None = Field(default=None, description="Environment variables of all programs.")
     idle_timeout: int = Field(default=IDLE, ge=1, le=86400,
                               description="Seconds without a request after which it is stopped.")  # fmt: skip
