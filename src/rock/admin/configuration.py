@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import re
 import time
@@ -146,7 +145,6 @@ class LiveConfiguration:
         self._error = ""
         self._invalid = ""  # why the source's content is not applied
         self._pending: Configuration | None = None  # content of the source that is not stored yet
-        self._digest = _digest(self.current)
         self.on_change: list[Callable[[Configuration], None]] = []
         self._confirmed: dict[str, WorkerConfiguration] = {}
         self._pushes: dict[str, asyncio.Task[None]] = {}
@@ -207,7 +205,7 @@ class LiveConfiguration:
             if self._invalid:  # until the content changes
                 raise InvalidConfig(self._invalid, hint="correct it; the previous version stays in force")
             if self._pending is not None:  # it stays pending while the store is away
-                if _digest(self._pending) != self._digest:
+                if self._pending != self.current:
                     await self._stored(self._pending, self._source.name, "")
                 self._pending = None
         except RockError as error:
@@ -233,7 +231,6 @@ class LiveConfiguration:
     def _apply(self, version: ConfigurationVersion) -> None:
         self.current, self.version = version.configuration, version.version
         self._at, self._from = version.at, version.source
-        self._digest = _digest(version.configuration)
         self._confirmed = {}
         VERSION.of().set(version.version)
         set_log_level(version.configuration.log.level)
@@ -303,7 +300,7 @@ class LiveConfiguration:
         if spec.expected is not None and spec.expected != self.version:
             raise Conflict(f"version {spec.expected} is not the current one, which is {self.version}",
                            hint="read the current one, and repeat the change")
-        if not spec.check and _digest(spec.configuration) != self._digest:
+        if not spec.check and spec.configuration != self.current:
             caller = caller_of(request.scope)
             await self._stored(spec.configuration, "api", f"{caller.owner or 'owner'} {caller.key_id}".strip())
         return answer_model(self.status())
@@ -340,10 +337,6 @@ _FEATURES: Mapping[str, re.Pattern[str]] = {
     "snapshots": re.compile(r"/v1/sandboxes/[^/]+/(?:checkpoint|fork|rollback)"),
     "volumes": re.compile(r"/v1/volumes"),
 }
-
-
-def _digest(configuration: Configuration) -> bytes:
-    return hashlib.sha256(orjson.dumps(configuration.document(), option=orjson.OPT_SORT_KEYS)).digest()
 
 
 def source_of(setting: str, home: Path) -> Source | None:

@@ -14,7 +14,7 @@ import logging
 import socket
 import ssl
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Coroutine, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,14 +54,6 @@ class Tunnels:
 
     def __init__(self) -> None:
         self._workers: OrderedDict[tuple[str, str], _Waiting] = OrderedDict()
-
-    def dialer(self, name: str, holder: str) -> Callable[[], Awaitable[socket.socket]]:
-        """A function that opens a connection to a worker; for RemoteApp."""
-
-        async def dial() -> socket.socket:
-            return await self.dial(name, holder)
-
-        return dial
 
     async def dial(self, name: str, holder: str) -> socket.socket:
         """A connected socket, of which the worker has the other end. Unavailable after five seconds without a

@@ -97,7 +97,6 @@ class Heartbeats:
         _own_name(request, name)
         return answer_model(await self._worker_registry.beat(name, await request.model(Beat)))
 
-
     async def worker_tunnel(self, request: Request, receive: Receive, send: Send) -> None:
         """A connection in the reverse direction, of a rocklet without inbound ports."""
         name = request.path["worker"]

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import orjson
@@ -156,7 +157,7 @@ def reach_with(key: str | None, tunnels: Tunnels, pods: bool = False) -> Callabl
         command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
         of_pod = pods and key is not None and info.name.startswith(POD_PREFIX)
         own = {} if key is None else {routes.OTHER_KEY: pod_key(key, info.name) if of_pod else key}
-        dial = tunnels.dialer(info.name, info.holder) if info.url.startswith(SCHEME) else None
+        dial = partial(tunnels.dial, info.name, info.holder) if info.url.startswith(SCHEME) else None
         data, long = RemoteApp(info.url, own, dial=dial), RemoteApp(info.url, {**own, **command}, dial=dial)
         carry = commands_over(long, info.name, gone, unreached)
 
