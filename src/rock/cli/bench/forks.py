@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 from rock.sdk import Client, Sandbox
 from rock.sdk.sandbox.processes import Process
@@ -44,10 +45,7 @@ async def snapshots(url: str, count: int) -> dict[str, list[float]]:
             await child.run("true")
             found["child"].append((time.perf_counter() - began) * 1000)
             children.append(child)
-        for child in children:
-            await child.stop()
-        for one in await client.list_snapshots():
-            await client.delete_snapshot(one.snapshot_id)
+        await _remove(client, children)
     return {name: values[1:] or values for name, values in found.items()}
 
 
@@ -97,11 +95,16 @@ async def copies(url: str, count: int, megabytes: int) -> dict[str, list[float]]
             await _line(copy, 0)
             found["child"].append((time.perf_counter() - began) * 1000)
             children.append(child)
-        for child in children:
-            await child.stop()
-        for one in await client.list_snapshots():
-            await client.delete_snapshot(one.snapshot_id)
+        await _remove(client, children)
     return {name: values[1:] or values for name, values in found.items()}
+
+
+async def _remove(client: Client, children: Sequence[Sandbox]) -> None:
+    """Stop the children, then delete all snapshots."""
+    for child in children:
+        await child.stop()
+    for one in await client.list_snapshots():
+        await client.delete_snapshot(one.snapshot_id)
 
 
 async def _line(process: Process, offset: int) -> bytes:
