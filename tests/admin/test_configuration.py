@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -179,6 +180,12 @@ def test_a_file_is_followed_and_errors_keep_the_previous_version(configured: Run
         assert owner.get_configuration().configuration.pools.size == 7, text
         file.write_text("pools: {size: 7}")
         until(lambda: not owner.get_configuration().error)
+    file.write_bytes(b"#" * (2 << 20))
+    until(lambda: "more than" in owner.get_configuration().error)
+    time.sleep(1.0)
+    assert "more than" in owner.get_configuration().error, "as long as the content is invalid"
+    file.write_text("pools: {size: 7}")
+    until(lambda: not owner.get_configuration().error)
     # A ConfigMap: the folder behind a symbolic link is replaced.
     (configured.home / "first").mkdir()
     (configured.home / "first" / "config.yaml").write_text('{"pools": {"size": 8}}')

@@ -184,24 +184,27 @@ class LiveConfiguration:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_EVERY)
-            with contextlib.suppress(RockError):  # logged
-                await self._read()
-            with contextlib.suppress(RockError):  # the store is away: the configuration stays
-                await self._follow()
-            self._push()
+            try:
+                with contextlib.suppress(RockError):  # logged
+                    await self._read()
+                with contextlib.suppress(RockError):  # the store is away: the configuration stays
+                    await self._follow()
+                self._push()
+            except Exception:  # such as a version of a later release that this one cannot read
+                log.exception("the configuration stays; trying again")
 
     async def _read(self) -> None:
         """Store the source's content as a version when it has changed."""
         if self._source is None or not self._leads:
             return
         try:
-            data = await self._source.changed()
-            if data is not None:
-                self._invalid, self._pending = "", None
-                try:
+            try:
+                data = await self._source.changed()
+                if data is not None:
+                    self._invalid, self._pending = "", None
                     self._pending = parsed(data, self._source.name)
-                except InvalidConfig as error:
-                    self._invalid = error.message
+            except InvalidConfig as error:
+                self._invalid, self._pending = error.message, None
             if self._invalid:  # until the content changes
                 raise InvalidConfig(self._invalid, hint="correct it; the previous version stays in force")
             if self._pending is not None:  # it stays pending while the store is away
