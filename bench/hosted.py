@@ -67,6 +67,12 @@ def memory(pid: int) -> int:
     return 0
 
 
+def available() -> int:
+    """Bytes of memory that the machine could still give."""
+    text = Path("/proc/meminfo").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("MemAvailable")).split()[1]) << 10
+
+
 def cpu_of(pid: int) -> float:
     """Seconds of CPU that a process took."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -13,21 +13,14 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from hosted import IMAGE, at, connect, cpu_of, memory, percentiles, raise_file_limit, request, server, tree
+from hosted import IMAGE, at, available, connect, cpu_of, memory, percentiles, raise_file_limit, request, server, tree
 
 from rock.errors import RockError
 from rock.sync import Client, Sandbox, SandboxConfig
 
 RUN = json.dumps({"command": ":"}).encode()
 CLIENTS = 32
-
-
-def available() -> int:
-    """Bytes of memory that the machine could still give."""
-    text = Path("/proc/meminfo").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("MemAvailable")).split()[1]) << 10
 
 
 def held(pids: list[int]) -> int:

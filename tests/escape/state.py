@@ -7,11 +7,14 @@ product.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +156,30 @@ by_path = {mount[0]: mount for mount in mounts}
 def covered(path):  # the mask of a file is a device, so its mount has devices
     return path in MASKED
 """
+_BENEATH = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def do(result):
+    if result: sys.exit(os.strerror(ctypes.get_errno()))
+NEWNS, DETACH = 0x20000, 2
+do(libc.setns(os.pidfd_open(int(sys.argv[1])), NEWNS))
+do(libc.unshare(NEWNS))  # a copy, in which the root of the sandbox is removed
+do(libc.umount2(b"/", DETACH))
+do(libc.setns(os.pidfd_open(os.getpid()), NEWNS))
+print(*[os.path.join(folder, name) for folder, names, files in os.walk("/") for name in names + files][:10])
+"""
+
+
+async def _beneath(host: Host, box: Box) -> list[str]:
+    """What the root of the sandbox covers in its mount namespace: one empty folder."""
+    command = [sys.executable, "-I", "-c", _BENEATH, str(_pid(box))]
+    found = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    return [] if found.stdout == "/host\n" else [f"below its root: {found.stdout} {found.stderr}"]
+
+
 MOUNTS = [
+    _look("nothing is below the root", _beneath, root=True,
+          absent={**_ABSENT, "userns": "only root can look below it"}),
     _inside("every mount is nosuid", _TABLE + "wrong += [m[0] for m in mounts if 'nosuid' not in m[2]]",
             absent=_ABSENT),
     _inside("every mount is nodev, but the six devices and the terminals", _TABLE + """

@@ -95,15 +95,16 @@ def _space(name: str, flag: str, *attempts: str) -> Wall:
 
 
 _UNSHARE = '''"unshare": _refuse_flags(0, _NEW_NAMESPACES | _CLONE_NEWTIME),'''
-_QUIET = "quiet = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC"
+_QUIET = "_QUIET = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC"
 _OVERLAY = '"overlay", target, "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, text)'
 _PROC = "attributes = kernel.ATTR_NOSUID | kernel.ATTR_NODEV | kernel.ATTR_NOEXEC"
 _REPEATED = "kernel.set_attributes(fd, _SAFE | kernel.ATTR_NOEXEC | kernel.ATTR_RDONLY)"
-_SYS = 'kernel.mount("sysfs", "/sys", "sysfs", quiet | kernel.MS_RDONLY)'
+_SYS = 'kernel.mount("sysfs", target, "sysfs", _QUIET | kernel.MS_RDONLY)'
 _CAPABILITY_WORDS = "low, high = CAPABILITIES & 0xFFFFFFFF, CAPABILITIES >> 32"
 _PUBLIC = '"overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV, options)'
 _IDS_OF_INIT = 'rows += [("user", (number["setresgid"], 0, 0, 0)), ("user", (number["setresuid"], 0, 0, 0))]'
 _ENTERED = 'rows.append(("user namespace", (number["setns"], fds.userns, kernel.CLONE_NEWUSER)))'
+_ROOT = ',\n             ("root folder", (number["setns"], 0, kernel.CLONE_NEWNS))'
 _PEER = "if uid != self.uid or (self.outside and pid != 0) or"
 
 WALLS: list[Wall] = [
@@ -171,6 +172,8 @@ WALLS: list[Wall] = [
     _mounts("files for root alone in /usr", 'lower = f"p{index}"\n', 'lower = f"b{index}"\n', "root alone"),
     _mounts("the old root is let go", 'kernel.umount(".", kernel.MNT_DETACH)', "pass",
             "files: a file of the host by ..", "files: the working folder"),
+
+    _init("mounts: the root is the sandbox's", _ROOT, "", "files: a file of the host by its path"),
 
     _init("user namespace", _ENTERED, "pass"),
     _space("mount namespace", "CLONE_NEWNS"),

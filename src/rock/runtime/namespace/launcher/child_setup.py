@@ -66,7 +66,6 @@ class Constants:
     """Memory that the calls point to. Allocated before the zygote starts, so its address is the same in every child."""
 
     def __init__(self, bpf: bytes) -> None:
-        self.root = ctypes.create_string_buffer(b"/")
         self.loopback = ctypes.create_string_buffer(kernel.LOOPBACK_UP, len(kernel.LOOPBACK_UP))
         self.proc = ctypes.create_string_buffer(b"proc")
         self.byte = ctypes.create_string_buffer(b"p", 1)
@@ -75,6 +74,7 @@ class Constants:
             struct.pack("Qiii4x", 20, socket.SOL_SOCKET, socket.SCM_RIGHTS, _PROC_FD), 24)
         self.message = ctypes.create_string_buffer(
             struct.pack("QQQQQQQ", 0, 0, ctypes.addressof(self.vector), 1, ctypes.addressof(self.control), 24, 0), 56)
+        self.mounts = ctypes.create_string_buffer(b"1/ns/mnt")
         self.pagemap = ctypes.create_string_buffer(b"1/pagemap")
         self.null = ctypes.create_string_buffer(b"/dev/null")
         self.filter = ctypes.create_string_buffer(bpf, max(1, len(bpf)))
@@ -97,14 +97,21 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     if fds.net >= 0:
         rows.append(("network", (number["setns"], fds.net, kernel.CLONE_NEWNET)))
     elif spec["network"] == "none":
-        rows += [("network", call) for call in _network(area, constants, spec["privileged"])]
-    rows += [("its own names", call) for call in _names(area, constants, spec)]
-    rows += [("its own /proc", call) for call in _proc(constants, fds.ready)]
+        rows += [("network", call) for call in _loopback(constants)]
+    rows.append(("its own names", (number["sethostname"], area.put(HOST_NAME.encode()), len(HOST_NAME))))
+    rows += [("its own /proc", call) for call in _proc(constants)]
+    if fds.net < 0 and spec["network"] == "none":
+        rows += [("network", call) for call in _network(area, spec["privileged"])]
+    pages = str(spec["shared"] // resource.getpagesize()).encode()
+    rows += [("shared memory", call) for call in _setting(area, b"kernel/shmall", pages)]
+    rows.append(("its own /proc", (number["sendmsg"], fds.ready, ctypes.addressof(constants.message), 0)))
     rows += _pages(constants, fds.pages)
+    rows += [("root folder", (_CLOSE_RANGE, 0, 0)),
+             ("root folder", (number["openat"], _PROC_FD, ctypes.addressof(constants.mounts), os.O_RDONLY))]
     gate = area.row(len(rows) + 1)
     rows += [("waiting for its files", (number["read"], fds.gate[0], gate, 8)),
              ("waiting for its files", (_NO_CALL,)),
-             ("root folder", (number["chdir"], ctypes.addressof(constants.root)))]
+             ("root folder", (number["setns"], 0, kernel.CLONE_NEWNS))]  # to the overlay, which now covers the root
     if _HAS_CGROUPS:  # also without limits of its own: a sandbox must not see the names of the host's cgroups
         rows.append(("cgroup namespace", (number["unshare"], kernel.CLONE_NEWCGROUP)))
     rows.append(("user namespace", (number["setns"], fds.userns, kernel.CLONE_NEWUSER)))
@@ -126,35 +133,34 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     rows.append(("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, 0)))
 
 
-def _network(area: Area, constants: Constants, privileged: bool) -> list[tuple[int, ...]]:
-    """Enable loopback, all ports and pings for every user: uid 0 inside has no rights over the network namespace."""
-    groups = userns.IDS.ping_groups.encode() if privileged else b"0 0"
+def _loopback(constants: Constants) -> list[tuple[int, ...]]:
     return [
         *_FREE_LOWEST,
         (kernel.NUMBERS["socket"], int(socket.AF_INET), int(socket.SOCK_DGRAM), 0),
         (kernel.NUMBERS["ioctl"], 0, kernel.SIOCSIFFLAGS, ctypes.addressof(constants.loopback)),
-        *_setting(area, b"/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
-        *_setting(area, b"/proc/sys/net/ipv4/ping_group_range", groups),
     ]
 
 
-def _names(area: Area, constants: Constants, spec: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Set its host name and the limit of unowned shared memory."""
-    name = HOST_NAME.encode()
-    pages = str(spec["shared"] // resource.getpagesize()).encode()
-    return [(kernel.NUMBERS["sethostname"], area.put(name), len(name)),
-            *_setting(area, b"/proc/sys/kernel/shmall", pages)]
+def _network(area: Area, privileged: bool) -> list[tuple[int, ...]]:
+    """Enable all ports and pings for every user: uid 0 inside has no rights over the network namespace."""
+    groups = userns.IDS.ping_groups.encode() if privileged else b"0 0"
+    return [*_setting(area, b"net/ipv4/ip_unprivileged_port_start", b"0"),
+            *_setting(area, b"net/ipv4/ping_group_range", groups)]
 
 
-def _setting(area: Area, path: bytes, value: bytes) -> list[tuple[int, ...]]:
-    """Write a setting of one of its namespaces."""
-    return [*_FREE_LOWEST,
-            (kernel.NUMBERS["openat"], -100, area.put(path), os.O_WRONLY),
+def _setting(area: Area, name: bytes, value: bytes) -> list[tuple[int, ...]]:
+    """Write a setting of one of its namespaces, through its own /proc.
+
+    The /proc of the host retains an entry for each namespace that wrote a setting through it, in one list, which each
+    later write searches.
+    """
+    return [(_CLOSE_RANGE, 0, 0),
+            (kernel.NUMBERS["openat"], _PROC_FD, area.put(b"sys/" + name), os.O_WRONLY),
             (kernel.NUMBERS["write"], 0, area.put(value), len(value))]
 
 
-def _proc(constants: Constants, ready: int) -> list[tuple[int, ...]]:
-    """Create a /proc as a detached mount at descriptor `_PROC_FD` and send it to the launcher.
+def _proc(constants: Constants) -> list[tuple[int, ...]]:
+    """Create a /proc as a detached mount at descriptor `_PROC_FD`, for its settings and for the launcher.
 
     Only a process of the new pid namespace can create it, and only while a complete /proc is visible in its mount
     namespace.
@@ -165,7 +171,6 @@ def _proc(constants: Constants, ready: int) -> list[tuple[int, ...]]:
         (kernel.FSOPEN, ctypes.addressof(constants.proc), 0),
         (kernel.FSCONFIG, 0, kernel.FSCONFIG_CREATE, 0, 0, 0),
         (kernel.FSMOUNT, 0, 0, attributes),
-        (kernel.NUMBERS["sendmsg"], ready, ctypes.addressof(constants.message), 0),
     ]
 
 

@@ -28,9 +28,35 @@ class HostNamespaces:
 
     def __init__(self, privileged: bool, nets: NetworkPool) -> None:
         self._nets = nets
-        self._fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)  # its root is that of mounts.lift_host
         self._permitted = kernel.permitted()
         self._privileged = privileged
+        self._empty = -1  # the network namespace that the shared /sys shows
+        self.shared_sys = False  # whether there is one
+
+    def share_sys(self, staging: str) -> None:
+        """Mount a /sys for all sandboxes that have no device but loopback, which is all without the host's network.
+
+        The kernel compares each new /sys with every other one, and counts it in each memory group. A /sys shows the
+        devices of the network namespace of its mounting process, so this one shows an unused namespace.
+        """
+        if not self._nets.usable:
+            return
+        try:
+            kernel.unshare(kernel.CLONE_NEWNET)
+            kernel.loopback_up()
+            self._empty = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            mounts.mount_sys(f"{staging}/sys")
+            self.shared_sys = True
+        except OSError:
+            self.shared_sys = False
+        finally:
+            self._nets.back()
+
+    def outside(self) -> None:
+        """Enter the root of the launcher's namespace. The kernel denies new user namespaces to a process with another
+        root; `mounts.enter_host` returns."""
+        kernel.setns(self._fd, kernel.CLONE_NEWNS)
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -61,6 +87,7 @@ class HostNamespaces:
     def back(self) -> None:
         """Return to the original namespaces. After a failure the launcher cannot continue."""
         kernel.setns(self._fd, kernel.CLONE_NEWNS)
+        mounts.enter_host()
         if self._nets.usable:
             self._nets.back()
         if self._privileged:
@@ -83,7 +110,7 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
     namespace: its user namespace. proc: returns the detached /proc that the child created. net: see
     HostNamespaces.enter.
     """
-    step, disk, opened = "run folder", -1, list[int]()
+    step, disk, opened, base = "run folder", -1, list[int](), -1
     try:
         if spec["disk"]:
             step = "disk"
@@ -97,11 +124,16 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
             opened = mounts.open_folders(spec, namespace if spec["privileged"] else -1)
         step = "files"
         try:
-            home.enter(pid, spec["base"], None if spec["network"] == "host" else net)
+            home.enter(pid, spec["base"], None if spec["network"] == "host" or home.shared_sys else net)
+            base = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            mounts.enter_host()
             waiting = mounts.stack(spec, staging, namespace if spec["privileged"] else -1)
+            shared_sys = home.shared_sys and spec["network"] != "host"
+            if shared_sys:
+                waiting.append((kernel.open_tree("sys"), "/sys"))
             waiting.append((proc(), "/proc"))  # until then the child needs its initial root
-            mounts.switch(staging)
-            mounts.furnish(spec, waiting)
+            mounts.switch(staging, base)
+            mounts.furnish(spec, waiting, own_sys=not shared_sys)
             mounts.leave()
             if opened:
                 step = "volumes and mounts"
@@ -112,8 +144,9 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
         raise Failure(step, error) from None
     finally:
         mounts.close_folders(opened)
-        if disk >= 0:
-            os.close(disk)
+        for fd in (disk, base):
+            if fd >= 0:
+                os.close(fd)
 
 
 def _limit(spec: dict[str, Any], pid: int) -> None:

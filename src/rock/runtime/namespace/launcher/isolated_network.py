@@ -37,11 +37,8 @@ def furnish(ping_group: str) -> tuple[int, int]:
     ping_group: as net.ipv4.ping_group_range.
     """
     kernel.loopback_up()
-    for name, text in (("ip_unprivileged_port_start", "0"), ("ping_group_range", ping_group), ("tcp_rmem", _BUFFERS),
-                       ("tcp_wmem", _BUFFERS)):
-        with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
-            file.write(text)
-    modern = os.path.exists("/proc/sys/net/ipv6")
+    modern = _set({"ip_unprivileged_port_start": "0", "ping_group_range": ping_group, "tcp_rmem": _BUFFERS,
+                   "tcp_wmem": _BUFFERS})  # fmt: skip
     with routing() as link:
         add_address(link, _LOOPBACK, ADDRESS)
         route_all_here(link, _LOOPBACK, ADDRESS)
@@ -58,6 +55,28 @@ def furnish(ping_group: str) -> tuple[int, int]:
         udp.bind((RESOLVER, _DNS))
         _leave_a_mark()
         return tcp.detach(), udp.detach()
+
+
+def _set(settings: dict[str, str]) -> bool:
+    """Write settings of net.ipv4 of this namespace; returns whether it has IPv6.
+
+    It uses a /proc that disappears again: a lasting one retains an entry for each namespace that wrote a setting
+    through it, in one list, which each later write searches.
+    """
+    try:
+        proc = kernel.new_mount("proc", {}, kernel.ATTR_NOSUID | kernel.ATTR_NODEV | kernel.ATTR_NOEXEC)
+    except OSError:  # an ordinary user may mount one in a pid namespace of its own only
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name, text in settings.items():
+            file = os.open(f"sys/net/ipv4/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+            try:
+                os.write(file, text.encode())
+            finally:
+                os.close(file)
+        return os.access("sys/net/ipv6", os.F_OK, dir_fd=proc)
+    finally:
+        os.close(proc)
 
 
 def _transparent(kind: socket.SocketKind, modern: bool) -> socket.socket:

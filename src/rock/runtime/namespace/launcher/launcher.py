@@ -61,7 +61,6 @@ class Launcher:
         self.privileged = bool(options["privileged"])
         self.staging = str(options["staging"])
         self.counters = Counters(own_account=self.privileged)
-        self.ranges = userns.Ranges(single=not self.privileged, settings=self.counters.settings_of_one())
         if not options.get("native", True):
             native.disable()
         self.constants = child_setup.Constants(seccomp.build() if seccomp.supported() else b"")
@@ -90,10 +89,15 @@ class Launcher:
             counters.write(self.counters.settings_of_all())
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
+        mounts.lift_host(self.staging)
+        mounts.enter_host()
         self.nets = NetworkPool(usable=self.privileged)
         self.wired = IsolatedNetworkPool(self.privileged)
         self.unnamed = mounts.UnnamedFolders(self.staging, self.privileged)
         self.home = furnish.HostNamespaces(self.privileged, self.nets)
+        self.home.share_sys(self.staging)
+        self.ranges = userns.Ranges(single=not self.privileged, settings=self.counters.settings_of_one(),
+                                    root=(self.home.outside, mounts.enter_host))
         if self.privileged:
             self._favour_moves()
 

@@ -7,7 +7,12 @@
       ├── p0, p1, ...   their publicly readable part
       ├── nothing       an empty folder
       ├── dev           a /dev to copy: null zero full random urandom tty, links
+      ├── sys           a /sys that shows a network namespace with loopback only
       └── root          overlay, becomes /
+
+The launcher's namespace, and so that of each child at first, has a read-only tmpfs as its root, with the host's tree
+below it. A sandbox's overlay covers that root and the host's tree is detached, which changes no other process.
+pivot_root would visit every process of the machine.
 
 A run folder is created and removed in a few system calls. It has few files, because some disks are slow with them: `s`
 is pid 1's socket, `upper` and `work` belong to the overlay. Standard library only.
@@ -67,7 +72,9 @@ _MASKED_FILES = ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_d
 _MASKED_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/selinux")
 _EMPTY = "/dev/mqueue"  # a folder of the read-only /dev; a separate tmpfs would cost 50 us
 _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+_QUIET = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 _SYS_ADMIN = 21
+_HOST = "host"  # the host's tree, in the root of the launcher's namespace
 _TARGETS = {errno.EXDEV: "it is in a folder that the sandbox already mounts: choose another one, like /data",
             errno.ENOTDIR: "a part of it is not a folder", errno.ELOOP: "a part of it is a link in a loop",
             errno.EROFS: "it cannot be created there"}  # fmt: skip
@@ -78,7 +85,7 @@ def prepare_staging(staging: str) -> None:
     """Create the staging tmpfs; once, in the launcher's mount namespace."""
     os.makedirs(staging, mode=0o700, exist_ok=True)
     kernel.mount("rock", staging, "tmpfs", kernel.MS_NOSUID, "mode=755,size=1m")
-    for name in ("root", "rw", "dev", "nothing", *(f"{kind}{i}" for kind in "lbp" for i in range(SLOTS))):
+    for name in ("root", "rw", "dev", "sys", "nothing", *(f"{kind}{i}" for kind in "lbp" for i in range(SLOTS))):
         os.mkdir(f"{staging}/{name}")
     _fill_dev(f"{staging}/dev")
 
@@ -446,37 +453,71 @@ def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
         kernel.set_file_owner(owner)
 
 
-def switch(staging: str) -> None:
-    """Make staging/root the root. The old root stays below the working directory for now: a user namespace may mount a
-    new /proc or /sys only while a complete one is visible."""
-    os.chdir(f"{staging}/root")
-    kernel.pivot_root(".", ".")
+def lift_host(staging: str) -> None:
+    """Move the host's tree below a new root of this process's mount namespace; once. `enter_host` enters it."""
+    os.mkdir(f"{staging}/base")
+    os.chdir(f"{staging}/base")
+    kernel.mount("rock-root", ".", "tmpfs", _QUIET, "mode=755,size=4k")
+    os.chdir(f"{staging}/base")  # the new mount
+    os.mkdir(_HOST)
+    kernel.mount("", ".", "", kernel.MS_REMOUNT | kernel.MS_RDONLY | _QUIET)
+    kernel.pivot_root(".", _HOST)
+
+
+def enter_host() -> None:
+    """From the root of a namespace of the launcher, or of a new child: make the host's tree the root of this
+    process."""
+    os.chdir(f"/{_HOST}")
+    os.chroot(".")
+
+
+def switch(staging: str, base: int) -> None:
+    """Make staging/root the root. The host's tree stays the working directory for now: a user namespace may mount a
+    new /proc or /sys only while a complete one is visible.
+
+    base: the root of the mount namespace, which is covered from now on.
+    """
+    host = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    root = kernel.open_tree(f"{staging}/root")
+    try:
+        kernel.move_mount(root, "", base)
+        os.fchdir(root)
+        os.chroot(".")
+        os.fchdir(host)
+    finally:
+        os.close(host)
+        os.close(root)
 
 
 def leave() -> None:
-    """Detach the old root; no path leads to it afterwards."""
+    """Detach the old root, which is the working directory; no path leads to it afterwards."""
     kernel.umount(".", kernel.MNT_DETACH)
     os.chdir("/")
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
 
 
-def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
-    """Attach binds, /dev and the waiting /proc, and mount /sys, after the switch."""
+def mount_sys(target: str) -> None:
+    """Mount a /sys, which shows the devices of this process's network namespace."""
+    kernel.mount("sysfs", target, "sysfs", _QUIET | kernel.MS_RDONLY)
+
+
+def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]], *, own_sys: bool) -> None:
+    """Attach the waiting mounts (binds, /dev, /proc) and mount /sys, unless it is one of them, after the switch."""
     for fd, target in waiting:
         try:
             kernel.move_mount(fd, target)
         finally:
             os.close(fd)
     base = spec["base"]
-    quiet = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     terminals = f"newinstance,ptmxmode=0666,mode=0620{f',gid={base + 5}' if spec['privileged'] else ''}"
     kernel.mount("devpts", "/dev/pts", "devpts", kernel.MS_NOSUID | kernel.MS_NOEXEC, terminals)
     owner = f",uid={base},gid={base}" if spec["privileged"] else ""
-    kernel.mount("shm", "/dev/shm", "tmpfs", quiet & ~kernel.MS_NOEXEC, f"mode=1777,size={spec['shared']}{owner}")
-    try:
-        kernel.mount("sysfs", "/sys", "sysfs", quiet | kernel.MS_RDONLY)
-    except OSError:  # a user namespace may be denied one of its own
-        kernel.mount("none", "/sys", "tmpfs", quiet | kernel.MS_RDONLY, "size=0,mode=755")
+    kernel.mount("shm", "/dev/shm", "tmpfs", _QUIET & ~kernel.MS_NOEXEC, f"mode=1777,size={spec['shared']}{owner}")
+    if own_sys:
+        try:
+            mount_sys("/sys")
+        except OSError:  # a user namespace may be denied one of its own
+            kernel.mount("none", "/sys", "tmpfs", _QUIET | kernel.MS_RDONLY, "size=0,mode=755")
     _mask()
 
 

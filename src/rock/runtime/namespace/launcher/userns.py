@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rock.runtime.namespace.launcher import kernel
@@ -80,14 +81,17 @@ def _layout() -> Layout:
 
 
 IDS = _layout()
+Root = tuple[Callable[[], None], Callable[[], None]] | None
 
 
 class Ranges:
     """Descriptors of user namespaces by their first id; the oldest are closed first when there are many."""
 
-    def __init__(self, *, single: bool, settings: dict[str, int] | None = None, keep: int = 512) -> None:
+    def __init__(self, *, single: bool, settings: dict[str, int] | None = None, keep: int = 512,
+                 root: Root = None) -> None:
         """single: there is only the server's own id to map; a range is then only a number. settings: of each namespace,
-        as `counters.write` takes them."""
+        as `counters.write` takes them. root: see `make`."""
+        self._root = root
         self._single = single
         self._settings = settings or {}
         self._keep = keep
@@ -100,21 +104,29 @@ class Ranges:
             while len(self._fds) >= self._keep:
                 os.close(self._fds.pop(next(iter(self._fds))))
             text = "0 0 1\n" if self._single else IDS.lines(base)
-            fd = self._fds[base] = make(text, text, None if self._single else base, self._settings)
+            fd = self._fds[base] = make(text, text, None if self._single else base, self._settings,
+                                         self._root)
         return fd
 
     def __contains__(self, base: int) -> bool:
         return base in self._fds
 
 
-def make(uid_map: str, gid_map: str, creator: int | None = None, settings: dict[str, int] | None = None) -> int:
+def make(uid_map: str, gid_map: str, creator: int | None = None, settings: dict[str, int] | None = None,
+         root: Root = None) -> int:
     """A new user namespace with these maps, as a descriptor. Requires CAP_SETUID and CAP_SETGID outside.
 
     creator: the user id that the kernel charges for its resources; None is the server's own. settings: see
-    `counters.write`.
+    `counters.write`. root: functions that leave the root of this process for that of its namespace, and return to it:
+    the kernel denies user namespaces elsewhere.
     """
+    leave, enter = root or (_nothing, _nothing)
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    pid = _fork(creator)
+    leave()
+    try:
+        pid = _fork(creator)
+    finally:
+        enter()
     if pid == 0:
         status = 1
         try:
@@ -137,6 +149,10 @@ def make(uid_map: str, gid_map: str, creator: int | None = None, settings: dict[
         os.close(fd)
         raise OSError(errno.EPERM, "the limits of a user namespace could not be set")
     return fd
+
+
+def _nothing() -> None:
+    """The root of this process is that of its namespace."""
 
 
 def _fork(creator: int | None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 _WANTED = ("memory", "cpu", "pids", "cpuacct")
 _PERIOD = 100_000  # microseconds
+_CAPS = ("cpu.cfs_quota_us", "cpu.max")  # slow to write: the kernel visits all groups
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,11 @@ class Cgroups:
         return place.version if place else None
 
     def limits(self, slot: str, memory: int, cpus: float, weight: float, pids: int) -> list[tuple[str, str]]:
-        """Files to write and their values, in order. memory in bytes, cpus a hard cap, weight the default share."""
+        """Files to write and their values, in order. memory in bytes, cpus a hard cap, weight the default share.
+
+        A cap of all CPUs of the machine is none: for each change of a cap, the kernel visits the groups of all
+        sandboxes.
+        """
         files: list[tuple[str, str]] = []
         folders = self.folders(slot)
         if "memory" in folders:
@@ -57,11 +63,12 @@ class Cgroups:
                           (f"{folder}/memory.oom.group", "0")]
         if "cpu" in folders:
             folder, quota = folders["cpu"], max(1000, int(cpus * _PERIOD))
+            unlimited = cpus >= (os.cpu_count() or math.inf)
             if self.version("cpu") == 1:
-                files += [(f"{folder}/cpu.cfs_quota_us", str(quota)),
+                files += [(f"{folder}/cpu.cfs_quota_us", "-1" if unlimited else str(quota)),
                           (f"{folder}/cpu.shares", str(max(2, int(weight * 1024))))]
             else:
-                files += [(f"{folder}/cpu.max", f"{quota} {_PERIOD}"),
+                files += [(f"{folder}/cpu.max", f"{'max' if unlimited else quota} {_PERIOD}"),
                           (f"{folder}/cpu.weight", str(min(10_000, max(1, int(weight * 100)))))]
         if "pids" in folders:
             files.append((f"{folders['pids']}/pids.max", str(pids)))
@@ -91,6 +98,8 @@ def write_limits(files: list[tuple[str, str]]) -> None:
     """Write limits. memsw is missing without swap accounting, and must never be below the memory limit."""
     for path, value in files:
         optional = path.endswith(("memory.memsw.limit_in_bytes", "memory.swap.max", "memory.oom.group"))
+        if path.endswith(_CAPS) and read_text(path).strip() == value:
+            continue
         try:
             write(path, value)
         except OSError:
@@ -138,17 +147,14 @@ def oom_kills(memory_folder: str) -> int:
 
 
 def lift_cpus(folders: list[str]) -> None:
-    """Remove the CPU limit of these groups: a hundred killed processes that share a twentieth of a CPU take seconds to
-    exit."""
+    """Remove a CPU limit of less than one CPU from these groups: a hundred killed processes that share a twentieth of a
+    CPU take seconds to exit."""
     for folder in dict.fromkeys(folders):
-        for name, value in (("cpu.cfs_quota_us", b"-1"), ("cpu.max", b"max")):
-            try:
-                fd = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-            except OSError:  # belongs to the other version, or to another controller
-                continue
-            with contextlib.suppress(OSError):
-                os.write(fd, value)
-            os.close(fd)
+        for name, value in zip(_CAPS, ("-1", "max"), strict=True):
+            quota = read_text(f"{folder}/{name}").split()  # empty: of the other version, or of another controller
+            if quota and quota[0].isdecimal() and int(quota[0]) < _PERIOD:
+                with contextlib.suppress(OSError):
+                    write(f"{folder}/{name}", value)
 
 
 def remove_empty(folders: list[str]) -> bool:
