@@ -17,7 +17,7 @@ running operations when the server in front of it is gone |
 | DOCKER_HOST | unix:///var/run/docker.sock | the container engine of runtime "docker": a socket of this machine |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | listening address of the server |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
-| ROCK_SANDBOX_LIMIT | 2000 | maximum concurrent sandboxes on this machine |
+| ROCK_SANDBOX_LIMIT | 0 | maximum concurrent sandboxes on this machine; 0: as memory and file descriptors permit |
 | ROCK_UI | on | off: no web page, and no route below /ui |
 | ROCK_AUDIT_DAYS | 90 | retention of the audit log in days; 0 keeps no log |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
@@ -305,7 +305,7 @@ class Settings:
     public_names: str = ""
     pool_size: int = 4
     runtime: str = "namespace"
-    sandbox_limit: int = 2000
+    sandbox_limit: int = 0
     disk_limit: str = "10g"
     container_image: str = ""
     host_mounts: str = ""
@@ -520,6 +520,9 @@ class Settings:
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")
+        limit = values.get("sandbox_limit", 0)
+        if not isinstance(limit, int) or limit < 0:
+            raise ValueError(f"ROCK_SANDBOX_LIMIT={limit} is below 0")
         for name, most in (("gateway_retain", 10 * 31_536_000), ("gateway_runs", 1_000_000), ("gateway_orphan", 3600)):
             number = values.get(name, 1)
             if not isinstance(number, int | float) or not 0 <= number <= most:

@@ -10,6 +10,8 @@ from rock.errors import NoCapacity, Unsupported
 from rock.protocol.sandbox import SandboxConfig
 
 _FRESH = 0.02  # cache lifetime in seconds: a read takes 40 us, and creates come in bursts
+_MEMORY_EACH, _FILES_EACH = 4 << 20, 10  # of an idle sandbox with a session, and a reserve
+_UNKNOWN = 2000
 _known = (float("-inf"), 0, 0)
 
 
@@ -31,6 +33,22 @@ def read() -> tuple[int, int]:
             pass
         _known = now, values["MemTotal"], values.get("MemAvailable", values["MemTotal"])
     return _known[1], _known[2]
+
+
+def sandboxes() -> tuple[int, str]:
+    """How many sandboxes with a session this machine holds at most, and the reason: the memory and the file descriptors
+    of an idle one, as `bench/growth.py` measures them."""
+    memory, _ = read()
+    limits = [] if not memory else [(memory // _MEMORY_EACH, f"{memory >> 20} MB of memory, {_MEMORY_EACH >> 20} each")]
+    try:
+        import resource
+    except ImportError:  # the platform has no such limits
+        pass
+    else:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY:
+            limits.append((files // _FILES_EACH, f"{files} file descriptors (ulimit -n), {_FILES_EACH} each"))
+    return min(limits, default=(_UNKNOWN, "this machine reports no memory"))
 
 
 def pressure() -> float | None:

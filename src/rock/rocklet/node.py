@@ -60,14 +60,14 @@ class Node:
         host_mounts: Sequence[str] = (),
         own_logs: bool = False,
     ) -> None:
-        """host_mounts: folders of this machine below which sandboxes may mount folders. own_logs: of
-        WorkerConfiguration."""
+        """limit: maximum number of sandboxes; 0 is what memory and file descriptors permit. host_mounts: folders of
+        this machine below which sandboxes may mount folders. own_logs: of WorkerConfiguration."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
         self.configuration = WorkerConfiguration(folder.parent / "configuration.json", self.runtimes, own_logs)
         self.local_socket = LocalSocket(folder, self.get)
-        self.limit = limit
+        self.limit, self._limit_reason = (limit, "ROCK_SANDBOX_LIMIT") if limit else resources.sandboxes()
         self._env_lease = env_lease
         self.boot = uuid.uuid4().hex[:12]
         self.ends = Ends(self.boot)
@@ -153,8 +153,8 @@ class Node:
         if task is None:
             if len(self.supervisors) + len(self._creating) >= self.limit:
                 raise NoCapacity(
-                    f"this machine is at its limit of {self.limit} sandboxes",
-                    hint="stop some, or raise ROCK_SANDBOX_LIMIT",
+                    f"this machine is at its limit of {self.limit} sandboxes: {self._limit_reason}",
+                    hint="stop some, or set ROCK_SANDBOX_LIMIT to a higher number",
                 )
             if not wake and sandbox_id in self.kept:
                 raise Conflict(f"sandbox {sandbox_id} exists already: its files are retained after its stop",

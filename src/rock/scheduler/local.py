@@ -247,7 +247,9 @@ class LocalScheduler:
             return NoCapacity("every GPU is in use", hint="stop some sandboxes, or retry later")
         if any(machine.sandboxes < machine.status.sandbox_limit for machine in fit):
             return NoCapacity("every worker is short of memory", hint="stop some sandboxes, or retry later")
-        return NoCapacity("every worker is at its limit of sandboxes", hint="stop some, or retry later")
+        limits = sum(machine.status.sandbox_limit for machine in fit)
+        return NoCapacity(f"every worker is at its limit of sandboxes: {limits} on {len(fit)}",
+                          hint="stop some, retry later, or set ROCK_SANDBOX_LIMIT of a worker to a higher number")
 
     # ---- many ----
 

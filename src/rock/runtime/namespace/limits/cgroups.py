@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 _WANTED = ("memory", "cpu", "pids", "cpuacct")
 _PERIOD = 100_000  # microseconds
+_CPUS = os.cpu_count() or math.inf
 _CAPS = ("cpu.cfs_quota_us", "cpu.max")  # slow to write: the kernel visits all groups
 
 
@@ -63,7 +64,7 @@ class Cgroups:
                           (f"{folder}/memory.oom.group", "0")]
         if "cpu" in folders:
             folder, quota = folders["cpu"], max(1000, int(cpus * _PERIOD))
-            unlimited = cpus >= (os.cpu_count() or math.inf)
+            unlimited = cpus >= _CPUS
             if self.version("cpu") == 1:
                 files += [(f"{folder}/cpu.cfs_quota_us", "-1" if unlimited else str(quota)),
                           (f"{folder}/cpu.shares", str(max(2, int(weight * 1024))))]
