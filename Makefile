@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
 	training agents integrations kubernetes manifests ui env-packages gym-extras sync wheel \
-	docs lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
+	docs lock bench bench-check bench-growth bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -205,6 +205,15 @@ bench-environments: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench
+
+# Fails when the working tree is slower than BASE beyond noise: both servers are measured in turn.
+BASE ?= HEAD
+bench-check: $(VENV)/ready-dev
+	$(PY) bench/compare.py $(BASE) . --check
+
+# Creates per second, and their CPU time, as sandboxes accumulate.
+bench-growth: $(VENV)/ready-dev
+	$(PY) bench/growth.py 10 500 1000 2000
 
 # 10,000 sandboxes made, used and destroyed; tells what is left of them. N=2000 for fewer.
 soak: $(VENV)/ready-dev
