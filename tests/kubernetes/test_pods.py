@@ -19,81 +19,15 @@ from rock.kubernetes.informer import name_of
 from rock.kubernetes.templates import pod_name
 from rock.protocol.keys import POD_PREFIX, pod_key
 from rock.protocol.node import JoinWorker, NodeStatus
-from rock.protocol.sandbox import Cause, Isolation, SandboxInfo, State
+from rock.protocol.sandbox import Cause, Isolation
 from rock.sync import Client, Sandbox
 from rock.testing.kubernetes import FakeCluster
 from rock.testing.kubernetes.nodes import PODS
-from tests.cluster.machines import KEY, TOKEN, server
-from tests.conftest import RunningServer
+from tests.cluster.machines import KEY, TOKEN
+from tests.kubernetes.pod_world import FULL, World
 from tests.waiting import until
 
-FULL = bool(os.environ.get("ROCK_TEST_KUBERNETES"))
-MANY = int(os.environ.get("ROCK_TEST_PODS") or (1000 if FULL else 60))
-TEMPLATES = {
-    "default": {"template": {"spec": {"containers": [{
-        "name": "main", "image": "{{ image }}",
-        "resources": {"requests": {"cpu": "{{ cpus }}", "memory": "{{ memory }}"}}}]}}},
-    "gpu": {"template": {"spec": {"nodeSelector": {"accelerator": "{{ accelerator_type }}"},
-                                  "containers": [{"name": "main", "image": "{{ image }}"}]}}},
-}  # fmt: skip
-
-
-class World:
-    """A cluster and a server that makes pods in it."""
-
-    def __init__(self, folder: Path, runs: Any = "fake", nodes: Any = 2, **settings: str) -> None:
-        self.cluster = FakeCluster(nodes, runs)
-        self._folder = folder
-        self._settings = settings
-        self.server: RunningServer
-
-    def start(self) -> None:
-        self.cluster.start()
-        templates = self._folder / "templates.json"
-        templates.write_text(json.dumps({"templates": TEMPLATES}))
-        self.port = free_port()
-        self.server = server(
-            self._folder / "home", self.port, ROCK_SCHEDULER="kubernetes", ROCK_KUBERNETES_TEMPLATES=str(templates),
-            ROCK_KUBERNETES_CONFIG=self.cluster.kubeconfig, ROCK_KUBERNETES_NAMESPACE="boxes",
-            ROCK_ADVERTISE=f"http://127.0.0.1:{self.port}", ROCK_KUBERNETES_QPS="2000",
-            ROCK_KUBERNETES_UNSCHEDULABLE="0", ROCK_KUBERNETES_RESYNC="3", **self._settings)  # fmt: skip
-
-    def stop(self) -> None:
-        try:
-            self.server.stop()
-            until(lambda: self.pods() == [], 60, "pods are left")
-        finally:
-            self.cluster.stop()
-
-    def client(self) -> Client:
-        return Client(self.server.url, KEY)
-
-    def sandbox(self, **fields: Any) -> Sandbox:
-        return Sandbox(base_url=self.server.url, api_key=KEY, image="x:1", memory="64m", **fields)
-
-    def pods(self) -> list[str]:
-        return [name_of(pod) for pod in self.cluster.pods("boxes")]
-
-    def pod_of(self, sandbox: Sandbox) -> dict[str, Any]:
-        return self.cluster.pod(pod_name(sandbox.sandbox_id))
-
-    def ended(self, sandbox: Sandbox, seconds: float = 15.0) -> SandboxInfo:
-        """The record of a sandbox, once it has ended."""
-        with self.client() as client:
-            until(lambda: client.get_sandbox(sandbox.sandbox_id).state is State.STOPPED, seconds, "it does not end")
-            return client.get_sandbox(sandbox.sandbox_id)
-
-    def workers(self) -> list[str]:
-        with self.client() as client:
-            return [info.name for info in client.list_workers()]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+MANY = int(os.environ.get("ROCK_TEST_PODS") or (1000 if FULL else 40))
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +41,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture
 def world(shared: World) -> Iterator[World]:
     yield shared
-    faults = shared.cluster.faults
-    for name in ("slow", "throttled", "failing", "dropped", "duplicated", "stale"):
-        setattr(faults, name, 0.0)
-    faults.down = False
+    shared.heal()
     with shared.client() as client:
         for info in client.list_sandboxes(states="pending,running,stopping"):
             client.stop_sandbox(info.sandbox_id)
