@@ -32,18 +32,18 @@ class World:
 
     def __init__(self, folder: Path, runs: Any = "fake", nodes: Any = 2, **settings: str) -> None:
         self.cluster = FakeCluster(nodes, runs)
-        self._folder = folder
+        self.folder = folder
         self._settings = settings
         self.templates: dict[str, Any] = TEMPLATES
         self.server: RunningServer
 
     def start(self) -> None:
         self.cluster.start()
-        templates = self._folder / "templates.json"
+        templates = self.folder / "templates.json"
         templates.write_text(json.dumps({"templates": self.templates}))
         self.port = free_port()
         self.server = server(
-            self._folder / "home", self.port, ROCK_SCHEDULER="kubernetes", ROCK_KUBERNETES_TEMPLATES=str(templates),
+            self.folder / "home", self.port, ROCK_SCHEDULER="kubernetes", ROCK_KUBERNETES_TEMPLATES=str(templates),
             ROCK_KUBERNETES_CONFIG=self.cluster.kubeconfig, ROCK_KUBERNETES_NAMESPACE="boxes",
             ROCK_ADVERTISE=f"http://127.0.0.1:{self.port}", ROCK_KUBERNETES_QPS="2000",
             ROCK_KUBERNETES_UNSCHEDULABLE="0", ROCK_KUBERNETES_RESYNC="3", **self._settings)  # fmt: skip

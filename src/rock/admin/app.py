@@ -20,7 +20,7 @@ from rock.admin.tenants import Keys, TenantServices
 from rock.admin.workers.leader import Leader
 from rock.admin.workers.registry import WorkerRegistry
 from rock.envhub.catalogue import Catalogue
-from rock.errors import InvalidConfig, Unavailable
+from rock.errors import InvalidConfig, Unavailable, Unsupported
 from rock.http.asgi import App, Scope
 from rock.http.tunnels import Tunnels
 from rock.kubernetes.access import from_kubeconfig, in_cluster
@@ -142,6 +142,7 @@ class Admin:
         limit = _limit(settings.archive_limit)
         follows = leads or settings.scheduler != "kubernetes"  # a reader needs no access to the cluster
         self._reservations = make_reservations(settings, workers) if follows else None
+        self._follows_elsewhere = not follows
         if settings.scheduler == "kubernetes":
             found = self._reservations
             workers.check_join = _join_check(found if isinstance(found, PodReservations) else None)
@@ -154,7 +155,8 @@ class Admin:
         self.configuration = LiveConfiguration(store, workers, source_of(settings.live_config, settings.home), leads)
         self._tags = MetricTags()
         self.service.records.on_step.append(self._tags.step)
-        self.configuration.on_change.append(self._tag)
+        self.configuration.on_change.append(self._apply)
+        self.configuration.checks.append(self._check_pools)
         self.keys = Keys(store, bool(settings.api_key), lambda: self.configuration.current.quotas)
         self.configuration.on_change.append(lambda _: self.keys.reread())
         tenant_services = TenantServices(self.service, self.keys, self.configuration)
@@ -173,8 +175,19 @@ class Admin:
         self.app: App = Sandboxes(tenant_services).over(training, about, heartbeats, self.audit, self.configuration)
         self._store = store
 
-    def _tag(self, configuration: Configuration) -> None:
+    def _apply(self, configuration: Configuration) -> None:
         self._tags.tags = configuration.metrics.tags
+        if isinstance(self._reservations, PodReservations):
+            self._reservations.warm.use(configuration.pools.pods)
+
+    def _check_pools(self, configuration: Configuration) -> None:
+        """Unsupported, InvalidConfig."""
+        pools = configuration.pools.pods
+        if pools and isinstance(self._reservations, PodReservations):
+            self._reservations.warm.check(pools)
+        elif pools and not self._follows_elsewhere:
+            raise Unsupported("pools.pods: the sandboxes of this server are not pods",
+                              hint="remove pools.pods, or set ROCK_SCHEDULER=kubernetes")  # fmt: skip
 
     async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
         """NotFound for a sandbox that the caller of a request does not own."""

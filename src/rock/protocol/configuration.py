@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rock.protocol.keys import TENANT_PATTERN, Quota
+from rock.protocol.sandbox import TEMPLATE_LABEL, SandboxConfig
 from rock.protocol.wire import Wire
 
 _REGISTRY = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](?::[0-9]{1,5})?")
@@ -72,10 +73,35 @@ class ImageRules(Wire):
         return [_registry(name) for name in value]
 
 
+class PodPool(Wire):
+    """Warm pods of a template, where each sandbox is a pod. size: of those that no sandbox has claimed. A sandbox
+    of the same template, image and GPUs with at most these cpus and memory, and without a disk limit, claims one."""
+
+    template: str = Field(default="default", min_length=1, max_length=253)
+    image: str
+    cpus: float = Field(default=2.0, gt=0)
+    memory: str = "8g"
+    num_gpus: float | None = Field(default=None, ge=0)
+    accelerator_type: str | None = None
+    size: int = Field(ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        self.config()
+        return self
+
+    def config(self) -> SandboxConfig:
+        """The largest sandbox that claims a pod of it."""
+        return SandboxConfig(image=self.image, cpus=self.cpus, memory=self.memory, num_gpus=self.num_gpus,
+                             accelerator_type=self.accelerator_type, labels={TEMPLATE_LABEL: self.template})
+
+
 class PoolRules(Wire):
-    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE."""
+    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE. pods: of
+    servers whose sandboxes are pods."""
 
     size: int | None = Field(default=None, ge=0, le=1000)
+    pods: list[PodPool] = Field(default_factory=list, max_length=100)
 
 
 class NetworkRules(Wire):
