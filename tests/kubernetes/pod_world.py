@@ -22,6 +22,7 @@ TEMPLATES = {
     "default": {"template": {"spec": {"containers": [{
         "name": "main", "image": "{{ image }}",
         "resources": {"requests": {"cpu": "{{ cpus }}", "memory": "{{ memory }}"}}}]}}},
+    "kata": {"template": {"spec": {"runtimeClassName": "kata", "containers": [{"name": "main", "image": "x"}]}}},
     "gpu": {"template": {"spec": {"nodeSelector": {"accelerator": "{{ accelerator_type }}"},
                                   "containers": [{"name": "main", "image": "{{ image }}"}]}}},
 }  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,10 +90,29 @@ def test_no_node_has_room(world: World) -> None:
 
 def test_what_a_pod_cannot_do_is_refused_before_it_exists(world: World) -> None:
     for fields, kind in (({"labels": {"rock.kubernetes.template": "none"}}, InvalidConfig),
-                         ({"retain": 60}, Unsupported)):  # fmt: skip
+                         ({"retain": 60}, Unsupported), ({"oci_runtime": "kata"}, Unsupported)):  # fmt: skip
         with pytest.raises(kind):
             world.sandbox(**fields).start()
     assert world.pods() == []
+
+
+def test_a_runtime_class_that_does_not_exist(world: World) -> None:
+    kata = {"labels": {"rock.kubernetes.template": "kata"}}
+    with pytest.raises(Unsupported, match='RuntimeClass "kata" not found'):
+        world.sandbox(**kata).start()
+    assert doctor(world)["RuntimeClass kata"]["ok"] is False
+    world.cluster.create({"kind": "RuntimeClass", "metadata": {"name": "kata"}, "handler": "kata"})
+    assert doctor(world)["RuntimeClass kata"] == {"name": "RuntimeClass kata", "ok": True, "hint": "",
+                                                  "detail": "handler kata, for template kata"}  # fmt: skip
+    with world.sandbox(**kata) as sandbox:
+        assert world.pod_of(sandbox)["spec"]["runtimeClassName"] == "kata"
+
+
+def doctor(world: World) -> dict[str, dict[str, Any]]:
+    """Rows of `rock doctor` with the settings of the server, by name."""
+    run = subprocess.run([sys.executable, "-m", "rock", "doctor", "--json"], capture_output=True, timeout=120,
+                         env={**os.environ, **world.server.environment})  # fmt: skip
+    return {row["name"]: row for row in json.loads(run.stdout)}
 
 
 Fail = Callable[[World, dict[str, Any]], None]

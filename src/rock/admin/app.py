@@ -23,7 +23,7 @@ from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig, Unavailable, Unsupported
 from rock.http.asgi import App, Scope
 from rock.http.tunnels import Tunnels
-from rock.kubernetes.access import from_kubeconfig, in_cluster
+from rock.kubernetes.access import Access, from_kubeconfig, in_cluster
 from rock.kubernetes.client import Api
 from rock.kubernetes.pods import PodReservations, PodSettings
 from rock.kubernetes.templates import read_templates
@@ -96,14 +96,7 @@ def pods_of(settings: Settings, workers: WorkerRegistry) -> PodReservations:
     if not settings.kubernetes_templates:
         raise InvalidConfig("ROCK_SCHEDULER=kubernetes: there are no pod templates",
                             hint="set ROCK_KUBERNETES_TEMPLATES to a file; docs/guides/kubernetes.md has one")
-    if settings.kubernetes_config:
-        access = from_kubeconfig(Path(settings.kubernetes_config).expanduser())
-    else:
-        found = in_cluster(host=settings.kubernetes_host, port=settings.kubernetes_port)
-        if found is None:
-            raise InvalidConfig("ROCK_SCHEDULER=kubernetes: this process is in no pod with a service account",
-                                hint="set ROCK_KUBERNETES_CONFIG to a kubeconfig, or mount the token of the pod")
-        access = found
+    access = access_of(settings)
     made = PodSettings(settings.kubernetes_namespace or access.namespace or "rock", settings.advertise,
                        settings.worker_key, settings.kubernetes_instance, settings.kubernetes_unschedulable,
                        settings.kubernetes_resync)  # fmt: skip
@@ -112,6 +105,17 @@ def pods_of(settings: Settings, workers: WorkerRegistry) -> PodReservations:
                            lambda name: workers.is_ready(name) and not workers.is_silent(name))  # fmt: skip
     workers.on_ready.append(pods.changed)
     return pods
+
+
+def access_of(settings: Settings) -> Access:
+    """How this process reaches the API server of the cluster. InvalidConfig."""
+    if settings.kubernetes_config:
+        return from_kubeconfig(Path(settings.kubernetes_config).expanduser())
+    found = in_cluster(host=settings.kubernetes_host, port=settings.kubernetes_port)
+    if found is None:
+        raise InvalidConfig("ROCK_SCHEDULER=kubernetes: this process is in no pod with a service account",
+                            hint="set ROCK_KUBERNETES_CONFIG to a kubeconfig, or mount the token of the pod")
+    return found
 
 
 def _join_check(pods: PodReservations | None) -> Callable[[JoinWorker], None]:

@@ -23,7 +23,7 @@ from rock.kubernetes.informer import Informer, name_of, uid_of
 from rock.kubernetes.pools import WarmPods
 from rock.kubernetes.templates import ID_LABEL, OWNER_LABEL, Joining, Template, manifest, pod_name, template_for
 from rock.protocol.keys import pod_key
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import TEMPLATE_LABEL, SandboxConfig
 from rock.scheduler.base import MachineEnd
 
 log = logging.getLogger("rock.kubernetes")
@@ -159,6 +159,9 @@ class PodReservations:
     def check(self, config: SandboxConfig) -> None:
         """The errors of a config that do not depend on the cluster. InvalidConfig, Unsupported."""
         template_for(self._templates, config)
+        if config.use_kata_runtime or config.oci_runtime is not None:
+            raise Unsupported("oci_runtime: runtimeClassName of the pod template decides about the runtime of a pod",
+                              hint=f"leave it unset, and select a template by the label {TEMPLATE_LABEL}")
         if config.keeps_files:
             raise Unsupported("files of a sandbox that is a pod are deleted with the pod",
                               hint="leave auto_delete_seconds and auto_archive_seconds unset, and copy files out")
@@ -209,6 +212,10 @@ class PodReservations:
                 if error.details.get("status") == 403 and "quota" in error.message:
                     raise NoCapacity(error.message, hint="raise the ResourceQuota of the namespace, or stop sandboxes",
                                      details=error.details) from None  # fmt: skip
+                if error.details.get("status") == 403 and "RuntimeClass" in error.message:
+                    raise Unsupported(f"the cluster has not the RuntimeClass of the pod template: {error.message}",
+                                      hint="kubectl get runtimeclass lists those that exist; change runtimeClassName",
+                                      details=error.details) from None  # fmt: skip
                 raise
 
     async def _is_ours(self, sandbox_id: str, name: str) -> bool:
