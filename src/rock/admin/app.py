@@ -160,7 +160,7 @@ class Admin:
         self._tags = MetricTags()
         self.service.records.on_step.append(self._tags.step)
         self.configuration.on_change.append(self._apply)
-        self.configuration.checks.append(self._check_pools)
+        self.configuration.checks.append(self._check_templates)
         self.keys = Keys(store, bool(settings.api_key), lambda: self.configuration.current.quotas)
         self.configuration.on_change.append(lambda _: self.keys.reread())
         tenant_services = TenantServices(self.service, self.keys, self.configuration)
@@ -184,14 +184,16 @@ class Admin:
         if isinstance(self._reservations, PodReservations):
             self._reservations.warm.use(configuration.pools.pods)
 
-    def _check_pools(self, configuration: Configuration) -> None:
+    def _check_templates(self, configuration: Configuration) -> None:
         """Unsupported, InvalidConfig."""
-        pools = configuration.pools.pods
-        if pools and isinstance(self._reservations, PodReservations):
+        pools, names = configuration.pools.pods, configuration.templates.names()
+        if isinstance(self._reservations, PodReservations):
+            self._reservations.check_names(names)
             self._reservations.warm.check(pools)
-        elif pools and not self._follows_elsewhere:
-            raise Unsupported("pools.pods: the sandboxes of this server are not pods",
-                              hint="remove pools.pods, or set ROCK_SCHEDULER=kubernetes")  # fmt: skip
+        elif (pools or names) and not self._follows_elsewhere:
+            what = "pools.pods" if pools else "templates"
+            raise Unsupported(f"{what}: the sandboxes of this server are not pods",
+                              hint=f"remove {what}, or set ROCK_SCHEDULER=kubernetes")  # fmt: skip
 
     async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
         """NotFound for a sandbox that the caller of a request does not own."""

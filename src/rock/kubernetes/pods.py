@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rock.errors import Conflict, InvalidConfig, NoCapacity, NotFound, RockError, Unavailable, Unsupported
@@ -153,6 +153,13 @@ class PodReservations:
         if pod is None or (pod.get("status") or {}).get("podIP") != host:
             raise Unavailable(f"the address of pod {name} is not known yet, or another one",
                               hint="the rocklet tries again by itself")  # fmt: skip
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """InvalidConfig for a template that does not exist."""
+        for name in sorted(names):
+            if name not in self._templates:
+                raise InvalidConfig(f"no pod template {name!r} (there are: {', '.join(sorted(self._templates))})",
+                                    hint="correct the name, or add it to ROCK_KUBERNETES_TEMPLATES")  # fmt: skip
 
     # ---- Reservations ----
 
