@@ -24,7 +24,7 @@ _INOTIFY = "the counter of inotify instances is of the pod; set `fs.inotify.max_
 _IDS = "the ids are those of the pod, below 65,536: neither root of the pod nor an account of the node"
 _GROUPS = "the cgroup of the container is read-only"
 KNOWN: dict[str, dict[str, str]] = {
-    "resources: memory in shared mappings that are let go of": {"A": _MEMORY, "B": _MEMORY},
+    "resources: memory in shared mappings that are unmapped": {"A": _MEMORY, "B": _MEMORY},
     "resources: memory in socket buffers": {"A": _MEMORY, "B": _MEMORY},
     "neighbours: inotify instances of another sandbox used up": {"A": _INOTIFY, "B": _INOTIFY},
     "identity: become the host's root by set*id": {"A": _IDS},
