@@ -84,7 +84,7 @@ def running(path: Path, home: str) -> Iterator[str]:
 
 async def measure(urls: tuple[str, str], slices: int, bare: str) -> list[Row]:
     rows = [Row("create to first command", "ms", False), Row("create + command + destroy, 8 at once", "1/s", True),
-            Row("a command in a session", "ms", False), Row("commands per second, 32 sessions", "1/s", True)]  # fmt: skip
+            Row("a command in a session", "ms", False), Row("commands per second, 32 sessions", "1/s", True)]
     for number in range(slices + 1):
         order = (0, 1) if number % 2 else (1, 0)
         for which in order:
@@ -127,7 +127,8 @@ def main() -> int:
             print(json.dumps({"name": row.name, "unit": row.unit, "base": first, "head": second, "ratio": ratio,
                               "low": low, "high": high}))  # fmt: skip
         else:
-            print(f"{row.name:<40} {row.unit:>4} {first:9.2f} {second:9.2f}  ratio {ratio:.2f} ({low:.2f} to {high:.2f})")
+            print(f"{row.name:<40} {row.unit:>4} {first:9.2f} {second:9.2f}  "
+                  f"ratio {ratio:.2f} ({low:.2f} to {high:.2f})")
     if worse:
         print(f"worse by more than {given.tolerance:.0%}: {', '.join(worse)}", file=sys.stderr)
     return int(given.check and bool(worse))

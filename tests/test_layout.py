@@ -16,14 +16,14 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 607,
+    "modules": 640,
     "largest_module_lines": 600,
     "largest_folder": 20,
     "folders_above_20": 0,
     "small_modules": 47,  # below 60 lines
     "type_checking_blocks": 9,
     "type_only_imports": 16,
-    "function_imports": 59,
+    "function_imports": 75,
     "cycles": 0,
     "modules_in_cycles": 0,
     "runtime_cycles": 0,

@@ -12,7 +12,7 @@ _ITS_KERNEL = "gVisor's own kernel answers the call; the host's never sees it"
 _ITSELF = "it ends this sandbox alone, of which nothing is left on the host"
 _KILLED = "its limit is held, and ends the sandbox as a whole: its kernel is one process of the host"
 _MEMORY = (
-    "of a program's own", "in files in memory (memfd)", "in shared mappings that are let go of", "in System V segments",
+    "of a program's own", "in files in memory (memfd)", "in shared mappings that are unmapped", "in System V segments",
     "in pipes", "in socket buffers", "by children without end", "that hides from the killer",
 )  # fmt: skip
 _ANSWERED = (

@@ -43,7 +43,7 @@ for n in range(60):
     fd = call(319, text(b'x'), 0)
     for _ in range(16): held(os.write(fd, bytes(1 << 20)))
 """,
-    "in shared mappings that are let go of": """
+    "in shared mappings that are unmapped": """
 import mmap
 pieces = []
 for _ in range(60):
@@ -305,7 +305,7 @@ _NO_DISK = {"landlock": "disk= is refused before the start"}
 _WATCHED = {"landlock": "/dev/shm is the host's, and not to be written"}
 _UNCOUNTED = "without a memory cgroup only what programs have mapped, and files in memory, are counted and watched"
 _OPEN = {name: {"userns": _UNCOUNTED, "landlock": _UNCOUNTED}
-         for name in ("in shared mappings that are let go of", "in socket buffers", "in pipes")}
+         for name in ("in shared mappings that are unmapped", "in socket buffers", "in pipes")}
 ATTEMPTS = [
     *(_memory(name, program, open_at=_OPEN.get(name, {})) for name, program in _BOMBS.items()),
     _act("fork bomb, destroyed", _fork_bomb),

@@ -125,8 +125,9 @@ class SharedNames:
 
 
 def _private(folder: Path, token: str) -> tuple[str, Path | None]:
-    """A file of the host's /usr that root alone may read: its path, and the folder to remove; "" when not root."""
-    if os.geteuid() != 0:
+    """A file of the host's /usr that root alone may read: its path, and the folder to remove; "" when not root, or in a
+    pod, whose root does not own /usr."""
+    if os.geteuid() != 0 or not os.access("/usr/local/share", os.W_OK):
         return "", None
     place = Path("/usr/local/share") / f"rock-escape-{token[:12]}"
     place.mkdir(mode=0o755, parents=True)

@@ -98,7 +98,7 @@ def test_static_workers_have_no_rights() -> None:
 def test_pod_mode_has_the_least_rights() -> None:
     found = objects("pod")
     roles = [one for one in found if one["kind"] == "Role"]
-    verbs = ["create", "get", "list", "watch", "delete"]
+    verbs = ["create", "get", "list", "watch", "patch", "delete"]
     assert [one["rules"] for one in roles] == [[{"apiGroups": [""], "resources": ["pods"], "verbs": verbs}]]
     assert not [one for one in found if one["kind"] in ("ClusterRole", "ClusterRoleBinding")]
     assert [name for name, spec in pods("pod") if spec["automountServiceAccountToken"]] == ["rock-admin"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,81 +21,15 @@ from rock.kubernetes.informer import name_of
 from rock.kubernetes.templates import pod_name
 from rock.protocol.keys import POD_PREFIX, pod_key
 from rock.protocol.node import JoinWorker, NodeStatus
-from rock.protocol.sandbox import Cause, Isolation, SandboxInfo, State
+from rock.protocol.sandbox import Cause, Isolation
 from rock.sync import Client, Sandbox
 from rock.testing.kubernetes import FakeCluster
 from rock.testing.kubernetes.nodes import PODS
-from tests.cluster.machines import KEY, TOKEN, server
-from tests.conftest import RunningServer
+from tests.cluster.machines import KEY, TOKEN
+from tests.kubernetes.pod_world import FULL, World
 from tests.waiting import until
 
-FULL = bool(os.environ.get("ROCK_TEST_KUBERNETES"))
-MANY = int(os.environ.get("ROCK_TEST_PODS") or (1000 if FULL else 60))
-TEMPLATES = {
-    "default": {"template": {"spec": {"containers": [{
-        "name": "main", "image": "{{ image }}",
-        "resources": {"requests": {"cpu": "{{ cpus }}", "memory": "{{ memory }}"}}}]}}},
-    "gpu": {"template": {"spec": {"nodeSelector": {"accelerator": "{{ accelerator_type }}"},
-                                  "containers": [{"name": "main", "image": "{{ image }}"}]}}},
-}  # fmt: skip
-
-
-class World:
-    """A cluster and a server that makes pods in it."""
-
-    def __init__(self, folder: Path, runs: Any = "fake", nodes: Any = 2, **settings: str) -> None:
-        self.cluster = FakeCluster(nodes, runs)
-        self._folder = folder
-        self._settings = settings
-        self.server: RunningServer
-
-    def start(self) -> None:
-        self.cluster.start()
-        templates = self._folder / "templates.json"
-        templates.write_text(json.dumps({"templates": TEMPLATES}))
-        self.port = free_port()
-        self.server = server(
-            self._folder / "home", self.port, ROCK_SCHEDULER="kubernetes", ROCK_KUBERNETES_TEMPLATES=str(templates),
-            ROCK_KUBERNETES_CONFIG=self.cluster.kubeconfig, ROCK_KUBERNETES_NAMESPACE="boxes",
-            ROCK_ADVERTISE=f"http://127.0.0.1:{self.port}", ROCK_KUBERNETES_QPS="2000",
-            ROCK_KUBERNETES_UNSCHEDULABLE="0", ROCK_KUBERNETES_RESYNC="3", **self._settings)  # fmt: skip
-
-    def stop(self) -> None:
-        try:
-            self.server.stop()
-            until(lambda: self.pods() == [], 60, "pods are left")
-        finally:
-            self.cluster.stop()
-
-    def client(self) -> Client:
-        return Client(self.server.url, KEY)
-
-    def sandbox(self, **fields: Any) -> Sandbox:
-        return Sandbox(base_url=self.server.url, api_key=KEY, image="x:1", memory="64m", **fields)
-
-    def pods(self) -> list[str]:
-        return [name_of(pod) for pod in self.cluster.pods("boxes")]
-
-    def pod_of(self, sandbox: Sandbox) -> dict[str, Any]:
-        return self.cluster.pod(pod_name(sandbox.sandbox_id))
-
-    def ended(self, sandbox: Sandbox, seconds: float = 15.0) -> SandboxInfo:
-        """The record of a sandbox, once it has ended."""
-        with self.client() as client:
-            until(lambda: client.get_sandbox(sandbox.sandbox_id).state is State.STOPPED, seconds, "it does not end")
-            return client.get_sandbox(sandbox.sandbox_id)
-
-    def workers(self) -> list[str]:
-        with self.client() as client:
-            return [info.name for info in client.list_workers()]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+MANY = int(os.environ.get("ROCK_TEST_PODS") or (1000 if FULL else 40))
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +43,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture
 def world(shared: World) -> Iterator[World]:
     yield shared
-    faults = shared.cluster.faults
-    for name in ("slow", "throttled", "failing", "dropped", "duplicated", "stale"):
-        setattr(faults, name, 0.0)
-    faults.down = False
+    shared.heal()
     with shared.client() as client:
         for info in client.list_sandboxes(states="pending,running,stopping"):
             client.stop_sandbox(info.sandbox_id)
@@ -157,10 +90,29 @@ def test_no_node_has_room(world: World) -> None:
 
 def test_what_a_pod_cannot_do_is_refused_before_it_exists(world: World) -> None:
     for fields, kind in (({"labels": {"rock.kubernetes.template": "none"}}, InvalidConfig),
-                         ({"retain": 60}, Unsupported)):  # fmt: skip
+                         ({"retain": 60}, Unsupported), ({"oci_runtime": "kata"}, Unsupported)):  # fmt: skip
         with pytest.raises(kind):
             world.sandbox(**fields).start()
     assert world.pods() == []
+
+
+def test_a_runtime_class_that_does_not_exist(world: World) -> None:
+    kata = {"labels": {"rock.kubernetes.template": "kata"}}
+    with pytest.raises(Unsupported, match='RuntimeClass "kata" not found'):
+        world.sandbox(**kata).start()
+    assert doctor(world)["RuntimeClass kata"]["ok"] is False
+    world.cluster.create({"kind": "RuntimeClass", "metadata": {"name": "kata"}, "handler": "kata"})
+    assert doctor(world)["RuntimeClass kata"] == {"name": "RuntimeClass kata", "ok": True, "hint": "",
+                                                  "detail": "handler kata, for template kata"}  # fmt: skip
+    with world.sandbox(**kata) as sandbox:
+        assert world.pod_of(sandbox)["spec"]["runtimeClassName"] == "kata"
+
+
+def doctor(world: World) -> dict[str, dict[str, Any]]:
+    """Rows of `rock doctor` with the settings of the server, by name."""
+    run = subprocess.run([sys.executable, "-m", "rock", "doctor", "--json"], capture_output=True, timeout=120,
+                         env={**os.environ, **world.server.environment})  # fmt: skip
+    return {row["name"]: row for row in json.loads(run.stdout)}
 
 
 Fail = Callable[[World, dict[str, Any]], None]
@@ -240,7 +192,8 @@ def test_an_outage_of_the_api_server_ends_nothing(world: World) -> None:
 def test_faults_of_requests_and_watches(world: World) -> None:
     """Lost responses, throttling, duplicated, dropped and stale events: no loss, no leak, no double start."""
     faults = world.cluster.faults
-    faults.failing, faults.throttled, faults.duplicated, faults.stale, faults.dropped = 0.2, 0.2, 0.3, 0.3, 0.05
+    # Five failures in a row fail a request: 0.2 each made a stop fail in one run of ten.
+    faults.failing, faults.throttled, faults.duplicated, faults.stale, faults.dropped = 0.1, 0.1, 0.3, 0.3, 0.05
     world.cluster.call(world.cluster.objects.compact)
     world.cluster.call(world.cluster.objects.close_watches)
     run_many(world, MANY // 2, half_stopped=True)

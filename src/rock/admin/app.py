@@ -20,10 +20,10 @@ from rock.admin.tenants import Keys, TenantServices
 from rock.admin.workers.leader import Leader
 from rock.admin.workers.registry import WorkerRegistry
 from rock.envhub.catalogue import Catalogue
-from rock.errors import InvalidConfig, Unavailable
+from rock.errors import InvalidConfig, Unavailable, Unsupported
 from rock.http.asgi import App, Scope
 from rock.http.tunnels import Tunnels
-from rock.kubernetes.access import from_kubeconfig, in_cluster
+from rock.kubernetes.access import Access, from_kubeconfig, in_cluster
 from rock.kubernetes.client import Api
 from rock.kubernetes.pods import PodReservations, PodSettings
 from rock.kubernetes.templates import read_templates
@@ -96,14 +96,7 @@ def pods_of(settings: Settings, workers: WorkerRegistry) -> PodReservations:
     if not settings.kubernetes_templates:
         raise InvalidConfig("ROCK_SCHEDULER=kubernetes: there are no pod templates",
                             hint="set ROCK_KUBERNETES_TEMPLATES to a file; docs/guides/kubernetes.md has one")
-    if settings.kubernetes_config:
-        access = from_kubeconfig(Path(settings.kubernetes_config).expanduser())
-    else:
-        found = in_cluster(host=settings.kubernetes_host, port=settings.kubernetes_port)
-        if found is None:
-            raise InvalidConfig("ROCK_SCHEDULER=kubernetes: this process is in no pod with a service account",
-                                hint="set ROCK_KUBERNETES_CONFIG to a kubeconfig, or mount the token of the pod")
-        access = found
+    access = access_of(settings)
     made = PodSettings(settings.kubernetes_namespace or access.namespace or "rock", settings.advertise,
                        settings.worker_key, settings.kubernetes_instance, settings.kubernetes_unschedulable,
                        settings.kubernetes_resync)  # fmt: skip
@@ -112,6 +105,17 @@ def pods_of(settings: Settings, workers: WorkerRegistry) -> PodReservations:
                            lambda name: workers.is_ready(name) and not workers.is_silent(name))  # fmt: skip
     workers.on_ready.append(pods.changed)
     return pods
+
+
+def access_of(settings: Settings) -> Access:
+    """How this process reaches the API server of the cluster. InvalidConfig."""
+    if settings.kubernetes_config:
+        return from_kubeconfig(Path(settings.kubernetes_config).expanduser())
+    found = in_cluster(host=settings.kubernetes_host, port=settings.kubernetes_port)
+    if found is None:
+        raise InvalidConfig("ROCK_SCHEDULER=kubernetes: this process is in no pod with a service account",
+                            hint="set ROCK_KUBERNETES_CONFIG to a kubeconfig, or mount the token of the pod")
+    return found
 
 
 def _join_check(pods: PodReservations | None) -> Callable[[JoinWorker], None]:
@@ -142,6 +146,7 @@ class Admin:
         limit = _limit(settings.archive_limit)
         follows = leads or settings.scheduler != "kubernetes"  # a reader needs no access to the cluster
         self._reservations = make_reservations(settings, workers) if follows else None
+        self._follows_elsewhere = not follows
         if settings.scheduler == "kubernetes":
             found = self._reservations
             workers.check_join = _join_check(found if isinstance(found, PodReservations) else None)
@@ -154,7 +159,8 @@ class Admin:
         self.configuration = LiveConfiguration(store, workers, source_of(settings.live_config, settings.home), leads)
         self._tags = MetricTags()
         self.service.records.on_step.append(self._tags.step)
-        self.configuration.on_change.append(self._tag)
+        self.configuration.on_change.append(self._apply)
+        self.configuration.checks.append(self._check_templates)
         self.keys = Keys(store, bool(settings.api_key), lambda: self.configuration.current.quotas)
         self.configuration.on_change.append(lambda _: self.keys.reread())
         tenant_services = TenantServices(self.service, self.keys, self.configuration)
@@ -173,8 +179,21 @@ class Admin:
         self.app: App = Sandboxes(tenant_services).over(training, about, heartbeats, self.audit, self.configuration)
         self._store = store
 
-    def _tag(self, configuration: Configuration) -> None:
+    def _apply(self, configuration: Configuration) -> None:
         self._tags.tags = configuration.metrics.tags
+        if isinstance(self._reservations, PodReservations):
+            self._reservations.warm.use(configuration.pools.pods)
+
+    def _check_templates(self, configuration: Configuration) -> None:
+        """Unsupported, InvalidConfig."""
+        pools, names = configuration.pools.pods, configuration.templates.names()
+        if isinstance(self._reservations, PodReservations):
+            self._reservations.check_names(names)
+            self._reservations.warm.check(pools)
+        elif (pools or names) and not self._follows_elsewhere:
+            what = "pools.pods" if pools else "templates"
+            raise Unsupported(f"{what}: the sandboxes of this server are not pods",
+                              hint=f"remove {what}, or set ROCK_SCHEDULER=kubernetes")  # fmt: skip
 
     async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
         """NotFound for a sandbox that the caller of a request does not own."""

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import Conflict, Forbidden, InvalidConfig, RockError, Unavailable
+from rock.errors import Conflict, Forbidden, InvalidConfig, RockError, Unavailable, Unsupported
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model, failure
 from rock.protocol.configuration import (
     Configuration,
@@ -145,6 +145,7 @@ class LiveConfiguration:
         self._error = ""
         self._invalid = ""  # why the source's content is not applied
         self._pending: Configuration | None = None  # content of the source that is not stored yet
+        self.checks: list[Callable[[Configuration], None]] = []  # raise for what this server cannot apply
         self.on_change: list[Callable[[Configuration], None]] = []
         self._confirmed: dict[str, WorkerConfiguration] = {}
         self._pushes: dict[str, asyncio.Task[None]] = {}
@@ -202,8 +203,10 @@ class LiveConfiguration:
                 data = await self._source.changed()
                 if data is not None:
                     self._invalid, self._pending = "", None
-                    self._pending = parsed(data, self._source.name)
-            except InvalidConfig as error:
+                    found = parsed(data, self._source.name)
+                    self._check(found)
+                    self._pending = found
+            except (InvalidConfig, Unsupported) as error:
                 self._invalid, self._pending = error.message, None
             if self._invalid:  # until the content changes
                 raise InvalidConfig(self._invalid, hint="correct it; the previous version stays in force")
@@ -218,6 +221,11 @@ class LiveConfiguration:
             self._error = error.message
             raise
         self._error = ""
+
+    def _check(self, configuration: Configuration) -> None:
+        """InvalidConfig, Unsupported."""
+        for check in self.checks:
+            check(configuration)
 
     async def _stored(self, configuration: Configuration, source: str, author: str) -> None:
         version = ConfigurationVersion(version=self.version + 1, at=time.time(), source=source, author=author,
@@ -303,6 +311,7 @@ class LiveConfiguration:
         if spec.expected is not None and spec.expected != self.version:
             raise Conflict(f"version {spec.expected} is not the current one, which is {self.version}",
                            hint="read the current one, and repeat the change")
+        self._check(spec.configuration)
         if not spec.check and spec.configuration != self.current:
             caller = caller_of(request.scope)
             await self._stored(spec.configuration, "api", f"{caller.owner or 'owner'} {caller.key_id}".strip())

@@ -3,6 +3,7 @@
     the cluster reports that a machine ended ──► its sandbox ends with that cause, without waiting for the lease
     a machine without a live record          ──► released
     a worker without a machine               ──► removed from the registry
+    a pool of warm machines that lacks some  ──► filled
 
 The leader runs this.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from rock.admin.sandboxes.lifecycle import Event
 from rock.admin.sandboxes.service import Service
@@ -39,11 +41,16 @@ class Machines:
 
     async def run(self) -> None:
         """Run until it is canceled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeated("looking at pods", self.look))
+            group.create_task(self._repeated("warm pods", self._pods.warm.tend))  # waits while the API server is away
+
+    async def _repeated(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
-                await self.look()
+                await work()
             except Exception as error:
-                log.warning("looking at pods: %r; trying again", error)
+                log.warning("%s: %r; trying again", what, error)
             await asyncio.sleep(_LOOK)
 
     async def look(self) -> None:

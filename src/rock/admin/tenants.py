@@ -23,11 +23,19 @@ from rock.errors import Conflict, Forbidden, InvalidConfig, no_such_sandbox
 from rock.http.asgi import Scope
 from rock.protocol import egress
 from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
-from rock.protocol.configuration import QuotaRules
+from rock.protocol.configuration import QuotaRules, TemplateRules
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, Quota, caller_of, digest_of
 from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
-from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
+from rock.protocol.sandbox import (
+    TEMPLATE_LABEL,
+    CommitRequest,
+    CommitStatus,
+    Isolation,
+    SandboxConfig,
+    SandboxInfo,
+    UpdateSandbox,
+)
 from rock.protocol.snapshots import CheckpointRequest, Forkable, ForkRequest, ForkResult, SnapshotInfo
 from rock.store.base import Query, Record, Store, member
 
@@ -91,6 +99,7 @@ class TenantService:
         if configuration.images.rewrite and config.snapshot is None:
             image = configuration.rewritten(config.image)
             config = config if image == config.image else config.model_copy(update={"image": image})
+        config = self._templated(config)
         if Access.ADMIN in self.caller.scopes:
             return config
         if config.network not in ("none", "nat"):
@@ -112,6 +121,23 @@ class TenantService:
         if config.minimum_isolation is Isolation.NONE:  # a sandbox without isolation has the rights of the server
             config = config.model_copy(update={"minimum_isolation": Isolation.LANDLOCK})
         return config
+
+    def _templated(self, config: SandboxConfig) -> SandboxConfig:
+        """The config with the pod template that the rules select. Forbidden, InvalidConfig."""
+        rules = self._live.current.templates
+        if rules == TemplateRules():
+            return config
+        named, name = config.labels.get(TEMPLATE_LABEL), rules.selected(config)
+        if named and rules.allowed is not None and named not in rules.allowed and (
+            Access.ADMIN not in self.caller.scopes
+        ):
+            raise Forbidden(f"this server does not allow this key the pod template {named!r}",
+                            hint=f"use one of {', '.join(rules.allowed) or 'none'}, or leave {TEMPLATE_LABEL} unset")
+        limit = rules.limits.get(name)
+        if limit is not None and (most := limit.exceeded(config)):
+            raise InvalidConfig(f"a sandbox of the pod template {name!r} has at most {most}",
+                                hint="request less, or name another template")  # fmt: skip
+        return config if named else config.model_copy(update={"labels": {**config.labels, TEMPLATE_LABEL: name}})
 
     async def _check_id(self, sandbox_id: str | None) -> None:
         if sandbox_id is None:

@@ -100,9 +100,11 @@ class Api:
     async def get(self, path: str) -> Object:
         return await self._json("GET", path)
 
-    async def delete(self, path: str, uid: str, grace: int | None = None) -> None:
-        """Delete the object with this uid; nothing happens when it is gone. Conflict when another one has its name."""
-        body: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"uid": uid}}
+    async def delete(self, path: str, uid: str, grace: int | None = None, version: str = "") -> None:
+        """Delete the object with this uid; nothing happens when it is gone. Conflict when another one has its name, or
+        when it is not of this resourceVersion any more."""
+        wanted = {"uid": uid, **({"resourceVersion": version} if version else {})}
+        body: Object = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": wanted}
         if grace is not None:
             body["gracePeriodSeconds"] = grace
         with contextlib.suppress(NotFound):

@@ -86,6 +86,9 @@ def failure_of(pod: Object) -> Failure | None:
     if unscheduled is not None and unscheduled.get("reason") == "Unschedulable":
         return Failure("Unschedulable", Cause.START_FAILED,
                        f"pod {name}: no node has room for it{_short(unscheduled.get('message'))}", heals=True)
+    if node_is_silent(pod):
+        node = _mapping(pod.get("spec")).get("nodeName")
+        return Failure("NodeLost", Cause.LOST, f"pod {name}: the cluster does not hear of its node {node}", heals=True)
     return None
 
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rock.errors import Conflict, InvalidConfig, NoCapacity, NotFound, RockError, Unavailable, Unsupported
 from rock.kubernetes.client import Api, Object, path_of
 from rock.kubernetes.failures import Failure, deleted, failure_of, node_is_silent
 from rock.kubernetes.informer import Informer, name_of, uid_of
+from rock.kubernetes.pools import WarmPods
 from rock.kubernetes.templates import ID_LABEL, OWNER_LABEL, Joining, Template, manifest, pod_name, template_for
 from rock.protocol.keys import pod_key
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import TEMPLATE_LABEL, SandboxConfig
 from rock.scheduler.base import MachineEnd
 
 log = logging.getLogger("rock.kubernetes")
@@ -61,6 +62,7 @@ class PodReservations:
                   "app.kubernetes.io/instance": settings.instance}  # fmt: skip
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
         self._informer = Informer(api, self._path(), selector, self._see, settings.resync)
+        self.warm = WarmPods(api, self._path, self._informer, templates, self._joining, joined)
         self._failures: dict[str, Failure] = {}  # by pod: of those that ended and are not released
         self._waiting: dict[str, asyncio.Event] = {}  # by pod
         self._confirming: dict[str, asyncio.Task[None]] = {}
@@ -76,6 +78,9 @@ class PodReservations:
         await asyncio.gather(*self._confirming.values(), return_exceptions=True)
         await self._api.close()
 
+    def _joining(self, name: str) -> Joining:
+        return Joining(self._settings.servers, pod_key(self._settings.worker_key, name), self._settings.instance)
+
     def _path(self, name: str = "") -> str:
         return path_of("pods", self._settings.namespace, name)
 
@@ -83,6 +88,7 @@ class PodReservations:
 
     def _see(self, pod: Object, gone: bool) -> None:
         name = name_of(pod)
+        self.warm.see(pod, gone)
         if gone:
             # By a list or an event, both of which a server may send late: only a GET shows that it is gone.
             if name not in self._confirming:
@@ -148,11 +154,21 @@ class PodReservations:
             raise Unavailable(f"the address of pod {name} is not known yet, or another one",
                               hint="the rocklet tries again by itself")  # fmt: skip
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """InvalidConfig for a template that does not exist."""
+        for name in sorted(names):
+            if name not in self._templates:
+                raise InvalidConfig(f"no pod template {name!r} (there are: {', '.join(sorted(self._templates))})",
+                                    hint="correct the name, or add it to ROCK_KUBERNETES_TEMPLATES")  # fmt: skip
+
     # ---- Reservations ----
 
     def check(self, config: SandboxConfig) -> None:
         """The errors of a config that do not depend on the cluster. InvalidConfig, Unsupported."""
         template_for(self._templates, config)
+        if config.use_kata_runtime or config.oci_runtime is not None:
+            raise Unsupported("oci_runtime: runtimeClassName of the pod template decides about the runtime of a pod",
+                              hint=f"leave it unset, and select a template by the label {TEMPLATE_LABEL}")
         if config.keeps_files:
             raise Unsupported("files of a sandbox that is a pod are deleted with the pod",
                               hint="leave auto_delete_seconds and auto_archive_seconds unset, and copy files out")
@@ -162,12 +178,18 @@ class PodReservations:
             raise Unsupported("a sandbox that is a pod cannot be restarted", hint="create a new sandbox")
         template = template_for(self._templates, config)
         name = pod_name(sandbox_id)
-        joining = Joining(self._settings.servers, pod_key(self._settings.worker_key, name), self._settings.instance)
-        body = manifest(sandbox_id, template, config, joining)
+        body = manifest(sandbox_id, template, config, self._joining(name))
+        await self._informer.synced.wait()
+        if name not in self._informer.objects:
+            warm = self.warm.claimed.get(sandbox_id)
+            try:
+                warm = warm or await self.warm.claim(sandbox_id, config)
+            except Unavailable as error:  # the pod of a claim in doubt is found by the next look
+                log.warning("no warm pod for sandbox %s: %s", sandbox_id, error.message)
+            name = warm or name
         event = self._waiting[name] = asyncio.Event()
         try:
-            await self._informer.synced.wait()
-            if name not in self._informer.objects and name not in self._failures:
+            if name != self.warm.claimed.get(sandbox_id) and name not in {*self._informer.objects, *self._failures}:
                 await self._create(sandbox_id, name, body)
             return await self._started(sandbox_id, name, event)
         finally:
@@ -197,6 +219,10 @@ class PodReservations:
                 if error.details.get("status") == 403 and "quota" in error.message:
                     raise NoCapacity(error.message, hint="raise the ResourceQuota of the namespace, or stop sandboxes",
                                      details=error.details) from None  # fmt: skip
+                if error.details.get("status") == 403 and "RuntimeClass" in error.message:
+                    raise Unsupported(f"the cluster has not the RuntimeClass of the pod template: {error.message}",
+                                      hint="kubectl get runtimeclass lists those that exist; change runtimeClassName",
+                                      details=error.details) from None  # fmt: skip
                 raise
 
     async def _is_ours(self, sandbox_id: str, name: str) -> bool:
@@ -235,13 +261,13 @@ class PodReservations:
                 continue
 
     async def release(self, sandbox_id: str) -> None:
-        name = pod_name(sandbox_id)
+        name = self.warm.claimed.get(sandbox_id) or pod_name(sandbox_id)
         while True:
             pod = self._informer.objects.get(name)
             try:
-                if pod is None:
+                if pod is None or self._id_of(pod) != sandbox_id:
                     pod = await self._api.get(self._path(name))
-                    if (pod.get("metadata") or {}).get("annotations", {}).get(ID_LABEL) != sandbox_id:
+                    if self._id_of(pod) != sandbox_id:
                         break
                 await self._api.delete(self._path(name), uid_of(pod), grace=1)
                 break
@@ -250,14 +276,19 @@ class PodReservations:
             except Conflict:  # another pod of this name, as the cache will show
                 self._informer.forget(name)
         self._failures.pop(name, None)
+        self.warm.claimed.pop(sandbox_id, None)
+
+    @staticmethod
+    def _id_of(pod: Object) -> object:
+        """The sandbox that has a pod."""
+        return ((pod.get("metadata") or {}).get("annotations") or {}).get(ID_LABEL)
 
     async def held(self) -> set[str]:
         await self._informer.synced.wait()
         found = set()
         for pod in self._informer.objects.values():
-            meta = pod.get("metadata") or {}
-            sandbox_id = (meta.get("annotations") or {}).get(ID_LABEL)
-            if isinstance(sandbox_id, str) and not meta.get("deletionTimestamp"):
+            sandbox_id = self._id_of(pod)
+            if isinstance(sandbox_id, str) and not (pod.get("metadata") or {}).get("deletionTimestamp"):
                 found.add(sandbox_id)
         return found
 

@@ -22,13 +22,13 @@ from typing import Any
 from rock.errors import InvalidConfig
 from rock.kubernetes.access import document
 from rock.protocol.keys import POD_PREFIX
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import TEMPLATE_LABEL, SandboxConfig
 
 Object = dict[str, Any]
 
-TEMPLATE_LABEL = "rock.kubernetes.template"  # of a sandbox: the name of its template
 ID_LABEL = "rock.sandbox/id"
 ROCK_ID_LABEL = "rock.sandbox/sandbox-id"
+POOL_LABEL = "rock.sandbox/pool"
 OWNER_LABEL = "app.kubernetes.io/managed-by"
 PORT = 8090
 VARIABLES = ("sandbox_id", "template_name", "image", "cpus", "memory", "disk", "num_gpus", "accelerator_type",
@@ -117,9 +117,13 @@ def _invalid(path: Path, why: str, hint: str) -> InvalidConfig:
 # ---- rendering ----
 
 
+def template_name(config: SandboxConfig) -> str:
+    return config.labels.get(TEMPLATE_LABEL, "default")
+
+
 def template_for(templates: Mapping[str, Template], config: SandboxConfig) -> Template:
     """The template of a sandbox. InvalidConfig when there is none of that name."""
-    name = config.labels.get(TEMPLATE_LABEL, "default")
+    name = template_name(config)
     found = templates.get(name)
     if found is None:
         raise InvalidConfig(f"no pod template {name!r} (there are: {', '.join(sorted(templates))})",
@@ -149,8 +153,12 @@ def _quantity(size: int) -> str:
 
 def manifest(sandbox_id: str, template: Template, config: SandboxConfig, joining: Joining) -> Object:
     """The pod of a sandbox: the template, with the labels and the environment that make it a worker."""
+    return manifest_of(pod_name(sandbox_id), sandbox_id, template, config, joining)
+
+
+def manifest_of(name: str, sandbox_id: str, template: Template, config: SandboxConfig, joining: Joining) -> Object:
+    """The same with a name. sandbox_id: "" for a pod that no sandbox has yet."""
     body = _rendered(copy.deepcopy(template.body), variables(sandbox_id, template, config))
-    name = pod_name(sandbox_id)
     meta: Object = body.get("metadata") or {}
     labels = {
         **(meta.get("labels") or {}), "app.kubernetes.io/name": "rock", "app.kubernetes.io/component": "sandbox",
@@ -158,7 +166,7 @@ def manifest(sandbox_id: str, template: Template, config: SandboxConfig, joining
     }  # fmt: skip
     if _LABEL.fullmatch(sandbox_id):
         labels[ROCK_ID_LABEL] = sandbox_id
-    annotations = {**(meta.get("annotations") or {}), ID_LABEL: sandbox_id}
+    annotations = {**(meta.get("annotations") or {}), **({ID_LABEL: sandbox_id} if sandbox_id else {})}
     spec: Object = body["spec"]
     # A pod runs once: a container that is started again would be another sandbox with the same id.
     spec["restartPolicy"] = "Never"
@@ -184,6 +192,15 @@ def _environment(name: str, port: int, image: str, joining: Joining) -> list[Obj
     }  # fmt: skip
     address: Object = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
     return [address, *({"name": key, "value": value} for key, value in fixed.items())]
+
+
+def uses(value: Any, variable: str) -> bool:
+    """Whether a template has a variable."""
+    if isinstance(value, dict):
+        return any(uses(inner, variable) for inner in value.values())
+    if isinstance(value, list):
+        return any(uses(inner, variable) for inner in value)
+    return isinstance(value, str) and variable in _VARIABLE.findall(value)
 
 
 def _rendered(value: Any, given: Mapping[str, str]) -> Any:

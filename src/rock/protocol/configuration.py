@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rock.protocol.keys import TENANT_PATTERN, Quota
+from rock.protocol.sandbox import TEMPLATE_LABEL, SandboxConfig, parse_size
 from rock.protocol.wire import Wire
 
 _REGISTRY = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?|\[[0-9a-fA-F:.]{2,45}\](?::[0-9]{1,5})?")
@@ -72,10 +74,97 @@ class ImageRules(Wire):
         return [_registry(name) for name in value]
 
 
+class PodPool(Wire):
+    """Warm pods of a template, where each sandbox is a pod. size: of those that no sandbox has claimed. A sandbox
+    of the same template, image and GPUs with at most these cpus and memory, and without a disk limit, claims one."""
+
+    template: str = Field(default="default", min_length=1, max_length=253)
+    image: str
+    cpus: float = Field(default=2.0, gt=0)
+    memory: str = "8g"
+    num_gpus: float | None = Field(default=None, ge=0)
+    accelerator_type: str | None = None
+    size: int = Field(ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        self.config()
+        return self
+
+    def config(self) -> SandboxConfig:
+        """The largest sandbox that claims a pod of it."""
+        return SandboxConfig(image=self.image, cpus=self.cpus, memory=self.memory, num_gpus=self.num_gpus,
+                             accelerator_type=self.accelerator_type, labels={TEMPLATE_LABEL: self.template})
+
+
 class PoolRules(Wire):
-    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE."""
+    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE. pods: of
+    servers whose sandboxes are pods."""
 
     size: int | None = Field(default=None, ge=0, le=1000)
+    pods: list[PodPool] = Field(default_factory=list, max_length=100)
+
+
+class TemplateRule(Wire):
+    """image: a pattern of full image names, as "docker.io/library/python:*". min_gpus, max_gpus: of the requested GPUs.
+    accelerator_types: one of them is requested; None is any, also none."""
+
+    image: str = Field(default="*", min_length=1, max_length=400)
+    min_gpus: float | None = Field(default=None, ge=0)
+    max_gpus: float | None = Field(default=None, ge=0)
+    accelerator_types: list[str] | None = Field(default=None, max_length=100)
+    template: str = Field(min_length=1, max_length=253)
+
+    def matches(self, config: SandboxConfig) -> bool:
+        gpus = config.num_gpus or 0.0
+        return (
+            (self.min_gpus is None or gpus >= self.min_gpus) and (self.max_gpus is None or gpus <= self.max_gpus)
+            and (self.accelerator_types is None or config.accelerator_type in self.accelerator_types)
+            and fnmatchcase(full_name(config.image), self.image)
+        )  # fmt: skip
+
+
+class TemplateLimit(Wire):
+    """The largest sandbox of a pod template; None is no limit."""
+
+    cpus: float | None = Field(default=None, gt=0)
+    memory: str | None = None
+    num_gpus: float | None = Field(default=None, ge=0)
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+    def exceeded(self, config: SandboxConfig) -> str:
+        """The limit that a sandbox exceeds, as "4 cpus"; "" for none."""
+        if self.cpus is not None and config.cpus > self.cpus:
+            return f"{self.cpus:g} cpus"
+        if self.memory is not None and config.memory_bytes > parse_size(self.memory):
+            return f"{self.memory} of memory"
+        if self.num_gpus is not None and (config.num_gpus or 0.0) > self.num_gpus:
+            return f"{self.num_gpus:g} GPUs"
+        return ""
+
+
+class TemplateRules(Wire):
+    """Pod templates, where each sandbox is a pod. rules: the first one that matches selects the template of a sandbox
+    that names none. allowed: templates that keys without the scope admin may name; None is all. limits: by template."""
+
+    rules: list[TemplateRule] = Field(default_factory=list, max_length=_MOST)
+    allowed: list[str] | None = Field(default=None, max_length=_MOST)
+    limits: dict[str, TemplateLimit] = Field(default_factory=dict, max_length=_MOST)
+
+    def names(self) -> set[str]:
+        """All templates that it names."""
+        return {*(rule.template for rule in self.rules), *(self.allowed or ()), *self.limits}
+
+    def selected(self, config: SandboxConfig) -> str:
+        """The template of a sandbox."""
+        named = config.labels.get(TEMPLATE_LABEL)
+        return named or next((rule.template for rule in self.rules if rule.matches(config)), "default")
 
 
 class NetworkRules(Wire):
@@ -102,6 +191,7 @@ class Configuration(Wire):
     quotas: QuotaRules = Field(default_factory=QuotaRules)
     images: ImageRules = Field(default_factory=ImageRules)
     pools: PoolRules = Field(default_factory=PoolRules)
+    templates: TemplateRules = Field(default_factory=TemplateRules)
     networks: NetworkRules = Field(default_factory=NetworkRules)
     log: LogRules = Field(default_factory=LogRules)
     metrics: MetricRules = Field(default_factory=MetricRules)

@@ -104,6 +104,7 @@ class BaseConfig(Wire):
 MOST_MOUNTS = 16  # volumes and host folders of one sandbox
 _LONGEST_PATH = 1024
 _CLOSED = ("/proc", "/sys", "/dev")
+TEMPLATE_LABEL = "rock.kubernetes.template"  # of a sandbox that is a pod: the name of its template
 AGENTS = "/opt/rock/agents"  # one folder for each agent
 AGENT_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 

@@ -84,7 +84,7 @@ def _findings() -> list[Finding]:
     else:
         text = "isolation needs Linux: here are the runtimes process and fake, and clients"
         found = [Finding("isolation", None, text, "set ROCK_BASE_URL to a server")]
-    return [*_installation(), *found, *_plugins()]
+    return [*_installation(), *found, *_plugins(), *_runtime_classes()]
 
 
 def _installation() -> list[Finding]:
@@ -99,9 +99,29 @@ def _engine() -> list[Finding]:
     """The container engine that runtime "docker" would use."""
     import asyncio
 
-    from rock.runtime.docker.spec import findings
+    from rock.runtime.docker.oci import findings
 
     return asyncio.run(findings(Settings.read().docker_host))
+
+
+def _runtime_classes() -> list[Finding]:
+    """The RuntimeClasses of the pod templates, where each sandbox is a pod."""
+    import asyncio
+
+    from rock.errors import RockError
+    from rock.runtime.namespace.probe import Finding
+
+    settings = Settings.read()
+    if settings.scheduler != "kubernetes":
+        return []
+    from rock.admin.app import access_of
+    from rock.kubernetes.runtime_classes import found_classes
+
+    try:
+        rows = asyncio.run(found_classes(access_of(settings), settings.kubernetes_templates))
+    except RockError as error:
+        return [Finding("pod templates", False, error.message, error.hint or "")]
+    return [Finding(f"RuntimeClass {row.name}", row.ok, row.detail, row.hint) for row in rows]
 
 
 def _plugins() -> list[Finding]:

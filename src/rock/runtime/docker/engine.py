@@ -253,6 +253,22 @@ class Engine:
         """The details of an image in the engine; None when it is absent."""
         return await self._or_none("look at an image", f"/images/{urllib.parse.quote(name)}/json")
 
+    async def load_image(self, name: str, tar: bytes) -> None:
+        """Make an image of one layer, NAME:TAG. EngineError, Unavailable."""
+        repo, _, tag = name.partition(":")
+        target = _target("/images/create", {"fromSrc": "-", "repo": repo, "tag": tag})
+        with _reached("make an image", self.host):
+            headers = {"Content-Type": "application/x-tar"}
+            async with asyncio.timeout(self._patience), http.ask(self.socket, "POST", target, tar, headers) as answer:
+                data = await answer.read()
+                if answer.status >= 400 or b"errorDetail" in data:
+                    raise EngineError(answer.status, data[:300].decode(errors="replace"))
+
+    async def remove_image(self, name: str) -> None:
+        """Remove an image; an absent one is no error."""
+        with _fine(404):
+            await self._json("remove an image", "DELETE", f"/images/{urllib.parse.quote(name)}", force="1")
+
     async def pull(self, name: str, domain: str, login: tuple[str, str] | None) -> AsyncGenerator[dict[str, Any]]:
         """Have the engine pull an image by its full name. EngineError with the error of the registry at `domain`."""
         headers = {}

@@ -1,7 +1,8 @@
 """The API server of a fake cluster, as an ASGI application: what kubectl and client libraries use of a real one.
 
 Discovery, OpenAPI (names of parameters only), CRUD, patches, pages, watches with bookmarks, status, scale, evictions
-that respect disruption budgets. Server-side apply merges without owners of fields. There is no admission, no schema,
+that respect disruption budgets. Server-side apply merges without owners of fields. Of admission there is
+the check of RuntimeClass. There is no schema,
 and no authorization but an optional token.
 """
 

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -109,6 +110,7 @@ class EmbeddedRocklet:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._rocklet: Rocklet | None = None
+        self._listener: socket.socket | None = None
         self._http: Any = None
         self._served: asyncio.Task[None] | None = None
         self._over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -117,15 +119,17 @@ class EmbeddedRocklet:
         os.makedirs(self._home, mode=0o700, exist_ok=True)
         given = {"pool_size": 0, "home": self._home, "runtime": "fake", "host": address}
         settings = Settings.read(environment, **given)
-        listener = listen(address, settings.port)
-        self._rocklet = Rocklet(settings, {"fake": FakeRuntime()})
+        listener = self._listener = listen(address, settings.port)
+        rocklet = self._rocklet = Rocklet(settings, {"fake": FakeRuntime()})
         try:
-            await self._rocklet.open()
+            await rocklet.open()
         except BaseException:
             listener.close()
             self._rocklet = None
             raise
-        self._http = http_over(self._rocklet.app)
+        if self._rocklet is not rocklet:  # it was stopped meanwhile
+            return
+        self._http = http_over(rocklet.app)
         self._served = asyncio.create_task(self._http.serve(sockets=[listener]), name=f"pod {address}")
 
     async def ended(self) -> int:
@@ -145,6 +149,8 @@ class EmbeddedRocklet:
             with contextlib.suppress(Exception):
                 await rocklet.node.destroy(sandbox_id)
         await rocklet.close()
+        if self._listener is not None:
+            self._listener.close()  # a server that ends while it starts leaves it open
         if not self._over.done():
             self._over.set_result(137)
 
@@ -298,6 +304,8 @@ class Nodes:
         containers = pod["spec"].get("containers") or []
         try:
             await asyncio.sleep(self._seconds)
+            if node in self._lost:
+                return
             image = str(containers[0].get("image")) if containers else ""
             if image in self.images:
                 state = {"waiting": {"reason": self.images[image], "message": f"the fake registry has no {image}"}}
@@ -311,6 +319,9 @@ class Nodes:
             # The address is known before the container runs, as the network of a pod is.
             self._status(pod, "Pending", {"waiting": {"reason": "ContainerCreating"}}, ready=False, podIP=address)
             await machine.start(address, self._environment(pod, address))
+            if node in self._lost:  # nothing reports for it
+                await machine.stop(0.0)
+                return
             self._status(pod, "Running", {"running": {"startedAt": now()}}, ready=True, podIP=address, startTime=now())
             status = await machine.ended()
             if node not in self._lost and uid in self.machines:

@@ -59,6 +59,7 @@ KINDS = (
     Kind("policy/v1", "poddisruptionbudgets", "PodDisruptionBudget", short=("pdb",)),
     Kind("networking.k8s.io/v1", "networkpolicies", "NetworkPolicy", parts=(), short=("netpol",)),
     Kind("networking.k8s.io/v1", "ingresses", "Ingress", short=("ing",)),
+    Kind("node.k8s.io/v1", "runtimeclasses", "RuntimeClass", namespaced=False, parts=()),
     Kind("rbac.authorization.k8s.io/v1", "roles", "Role", parts=()),
     Kind("rbac.authorization.k8s.io/v1", "rolebindings", "RoleBinding", parts=()),
 )
@@ -122,12 +123,22 @@ class Objects:
         key = key_of(made)
         if key in self._found[kind]:
             raise Refused(409, "AlreadyExists", f'{kind.resource} "{key[1]}" already exists')
+        if kind.kind == "Pod":
+            self._admit(made)
         meta.update(uid=str(uuid.uuid4()), creationTimestamp=now(), generation=1)
         made.update(apiVersion=kind.group_version, kind=kind.kind)
         if kind.kind == "Pod":
             made["status"] = {"phase": "Pending"}
         self._save("ADDED", kind, made)
         return made
+
+    def _admit(self, pod: Object) -> None:
+        """Refused for a pod of a RuntimeClass that does not exist."""
+        name = (pod.get("spec") or {}).get("runtimeClassName")
+        classes = next(kind for kind in KINDS if kind.kind == "RuntimeClass")
+        if name and ("", name) not in self._found[classes]:
+            raise Refused(403, "Forbidden", f'pods "{key_of(pod)[1]}" is forbidden: pod rejected: '
+                          f'RuntimeClass "{name}" not found')  # fmt: skip
 
     def update(self, kind: Kind, namespace: str, name: str, body: Object, part: str = "") -> Object:
         """Replace an object, or its status. A resourceVersion in it must be the current one."""
