@@ -157,6 +157,7 @@ class Admin:
         self.configuration.on_change.append(self._tag)
         self.keys = Keys(store, bool(settings.api_key), lambda: self.configuration.current.quotas)
         self.configuration.on_change.append(lambda _: self.keys.reread())
+        self.service.pools.budget = lambda: self.configuration.current.pools.budget
         tenant_services = TenantServices(self.service, self.keys, self.configuration)
 
         def pages() -> App:

@@ -158,6 +158,7 @@ class Reconciler:
             asyncio.create_task(self._deadlines(), name="deadlines"),
             asyncio.create_task(self._prune(), name="prune"),
             asyncio.create_task(self.service.snapshots.run(), name="retention of snapshots"),
+            asyncio.create_task(self.service.pools.run(), name="pools"),
             asyncio.create_task(LostWorkers(self.service, workers).run(), name="losses"),
         ]
         if isinstance(self.service.placer.reservations, PodReservations):

@@ -220,8 +220,21 @@ class Snapshots:
     # ---- delete ----
 
     async def delete(self, tenant: str | None, name: str) -> SnapshotInfo:
-        """Delete a snapshot; its layer stays while sandboxes or other snapshots use it. NotFound, Unavailable."""
-        return await self._whole(self._delete(await self._find(tenant, name)))
+        """Delete a snapshot; its layer stays while sandboxes or other snapshots use it. NotFound, Conflict while a pool
+        uses it, Unavailable."""
+        row = await self._find(tenant, name)
+        pools = (await self._pools()).get(row.snapshot_id)
+        if pools:
+            raise Conflict(f"snapshot {name} is used by pool {pools[0]}", hint=f"first: rock pool rm {pools[0]}")
+        return await self._whole(self._delete(row))
+
+    async def _pools(self) -> dict[str, Sequence[str]]:
+        """Names of pools by the ids of their snapshots."""
+        found: dict[str, Sequence[str]] = {}
+        for pool in await self._store.pools.list():
+            if pool.config.snapshot is not None:
+                found[pool.config.snapshot] = [*found.get(pool.config.snapshot, ()), pool.name]
+        return found
 
     async def _delete(self, row: SnapshotInfo) -> SnapshotInfo:
         row = row.model_copy(update={"state": "deleting"})
@@ -235,10 +248,15 @@ class Snapshots:
         return row
 
     async def expire(self) -> int:
-        """Delete the snapshots whose retention has ended; one on which a sandbox runs stays. Returns their number."""
+        """Delete the snapshots whose retention has ended; one on which a sandbox runs, or of which
+        there is a pool, stays. Returns their number."""
         gone = 0
         by_worker: dict[str, list[SnapshotInfo]] = {}
+        pools = await self._pools()
         for row in await self._store.snapshots.expired(time.time()):
+            if row.snapshot_id in pools:
+                await self._store.snapshots.use(row.snapshot_id, time.time())
+                continue
             by_worker.setdefault(row.worker, []).append(row)
         for name, rows in by_worker.items():
             worker = await self._workers.current(name)

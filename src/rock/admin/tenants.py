@@ -27,6 +27,7 @@ from rock.protocol.configuration import QuotaRules
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, Quota, caller_of, digest_of
 from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
+from rock.protocol.pools import PoolInfo, SetPool
 from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
 from rock.protocol.snapshots import CheckpointRequest, Forkable, ForkRequest, ForkResult, SnapshotInfo
 from rock.store.base import Query, Record, Store, member
@@ -193,6 +194,17 @@ class TenantService:
 
     async def delete_snapshot(self, name: str, tenant: str = "") -> SnapshotInfo:
         return await self._service.snapshots.delete(self._of(tenant), name)
+
+    # ---- pools ----
+
+    async def set_pool(self, name: str, spec: SetPool, tenant: str = "") -> PoolInfo:
+        return await self._service.pools.set(self._of(tenant), name, spec, self._allowed)
+
+    async def list_pools(self) -> Sequence[PoolInfo]:
+        return await self._service.pools.list(self.caller.tenant)
+
+    async def delete_pool(self, name: str, tenant: str = "") -> PoolInfo:
+        return await self._service.pools.delete(self._of(tenant), name)
 
     # ---- change ----
 

@@ -73,9 +73,11 @@ class ImageRules(Wire):
 
 
 class PoolRules(Wire):
-    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE."""
+    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE. budget:
+    most unclaimed sandboxes of all defined pools together, on each worker."""
 
     size: int | None = Field(default=None, ge=0, le=1000)
+    budget: int = Field(default=64, ge=0, le=100_000)
 
 
 class NetworkRules(Wire):

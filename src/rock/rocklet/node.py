@@ -30,13 +30,15 @@ from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
 from rock.rocklet.lifecycle import Ends, make, wake_sandbox
+from rock.rocklet.pools import Pools as WarmPools
 from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
 from rock.rocklet.snapshots import Snapshots
 from rock.rocklet.state import StateDirectory
 from rock.rocklet.volumes import HostFolders, Volumes
-from rock.runtime.base import Handle, Liveness, Pools, Prepared, Runtime
+from rock.runtime.base import Handle, Liveness, Runtime
+from rock.runtime.pools import Pools, Prepared
 
 log = logging.getLogger("rock.node")
 
@@ -82,6 +84,7 @@ class Node:
                                images.agents)  # fmt: skip
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
+        self.pools = WarmPools(self.runtimes)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -116,6 +119,7 @@ class Node:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.pools.close()
         await self.snapshots.close()
         await self.commits.close()
         await self.builds.close()

@@ -20,11 +20,11 @@ from rock.runtime.base import (
     MountSource,
     OwnImages,
     Pauses,
-    Pools,
     Runtime,
     Trait,
 )
 from rock.runtime.plugins import BrokenRuntime
+from rock.runtime.pools import Pools
 
 log = logging.getLogger("rock.node")
 
@@ -137,12 +137,13 @@ class Runtimes:
             raise Unsupported(f'on_timeout="pause": runtime {runtime.name!r} has no pause',
                               hint="leave out on_timeout, or use another runtime")
         # Prerequisites that are installed on first use are checked at that time.
-        if await self._has_image(runtime, config):
+        if await self.has_image(runtime, config):
             await runtime.check(config)
 
     # ---- images ----
 
-    async def _has_image(self, runtime: Runtime, config: SandboxConfig) -> bool:
+    async def has_image(self, runtime: Runtime, config: SandboxConfig) -> bool:
+        """Whether `prepare_image` has nothing to do."""
         if config.snapshot is not None:
             return True
         if isinstance(runtime, OwnImages):

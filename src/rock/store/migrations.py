@@ -202,6 +202,14 @@ SQLITE: tuple[tuple[str, ...], ...] = (
     (  # 11: versions of the live configuration
         "CREATE TABLE configuration (version INTEGER PRIMARY KEY, info TEXT NOT NULL)",
     ),
+    (  # 12: warm pools
+        """CREATE TABLE pool (
+            tenant TEXT NOT NULL,
+            name TEXT NOT NULL,
+            info TEXT NOT NULL,
+            PRIMARY KEY (tenant, name)
+        ) WITHOUT ROWID""",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -356,5 +364,13 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
     ),
     (  # 9: versions of the live configuration, as in SQLite's version 11
         "CREATE TABLE configuration (version bigint PRIMARY KEY, info text NOT NULL)",
+    ),
+    (  # 10: warm pools, as in SQLite's version 12
+        """CREATE TABLE pool (
+            tenant text NOT NULL,
+            name text NOT NULL,
+            info text NOT NULL,
+            PRIMARY KEY (tenant, name)
+        )""",
     ),
 )

@@ -23,7 +23,7 @@ from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
-from rock.store import access, base, configurations, jobs, snapshots, volumes
+from rock.store import access, base, configurations, jobs, pools, snapshots, volumes
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -61,17 +61,18 @@ class SqliteStore:
     def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path
         self.reserve: Reserve | None = None  # space for the writes that end sandboxes
-        self.shared = shared  # used by several servers of this machine; a server with all roles has its file to itself
+        self.shared = shared  # used by several servers of this machine
         self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
         self._db: sqlite3.Connection | None = None
-        self._side: sqlite3.Connection | None = None  # the connection of the thread
+        self._side: sqlite3.Connection | None = None  # of the thread
         self._checkpoints: asyncio.Task[None] | None = None
         self._watchers = Watchers()
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
         self.volumes = volumes.SqliteVolumes(self._within)
         self.snapshots = snapshots.SqliteSnapshots(self._within)
+        self.pools = pools.SqlitePools(self._within)
         self.configurations = configurations.SqliteConfigurations(self._within)
         self.jobs = jobs.SqliteJobs(self._within)
         self.access = access.SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
@@ -240,9 +241,8 @@ class SqliteStore:
             self._take(record, quota)
             return self._add(record)
 
-    async def insert_group(
-        self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
-    ) -> Sequence[Record]:
+    async def insert_group(self, records: Sequence[Record], quota: Quota | None = None,
+                           whole: bool = True) -> Sequence[Record]:
         self._check_file()
         made: list[Record] = []
         rows: list[tuple[Any, ...]] = []

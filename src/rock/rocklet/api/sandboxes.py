@@ -25,6 +25,7 @@ from rock.http.asgi import (
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.configuration import NodeConfiguration
 from rock.protocol.node import NodeCommit, NodeVolume, ProcessList, SessionList, WorkerImage
+from rock.protocol.pools import NodePools
 from rock.protocol.route import SANDBOX, Route
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
@@ -85,6 +86,8 @@ class Api:
             "node_create_volume",
             "node_delete_volume",
             "node_configure",
+            "node_pools",
+            "node_define_pools",
             "node_snapshots",
             "node_checkpoint",
             "node_forkable",
@@ -361,6 +364,12 @@ class Api:
 
     async def node_configure(self, request: Request) -> Answer:
         return answer_model(await self.node.configuration.configure(await request.model(NodeConfiguration)))
+
+    async def node_pools(self, request: Request) -> Answer:
+        return answer_model(self.node.pools.states())
+
+    async def node_define_pools(self, request: Request) -> Answer:
+        return answer_model(await self.node.pools.define(await request.model(NodePools)))
 
     async def node_snapshots(self, request: Request) -> Answer:
         return answer_model(self.node.snapshots.inventory())
