@@ -537,6 +537,7 @@ class Reconciler:
         while True:
             try:
                 await self.service.store.prune(time.time() - TOMBSTONES)
+                await self.service.store.recordings.prune()
                 await self.service.placer.sweep(self.service.store)
             except Exception as error:
                 reconciler_log.warning("pruning: %s", error)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from rock import faults
+from rock.admin.recordings import Recordings
 from rock.admin.sandboxes.groups import Groups
 from rock.admin.sandboxes.records import Records
 from rock.admin.workers.client import Worker
@@ -59,6 +60,7 @@ class Snapshots:
         self._workers = workers
         self._groups = groups
         self._ttl = ttl
+        self.recordings = Recordings(store)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
@@ -97,11 +99,14 @@ class Snapshots:
             return row
         await faults.point("snapshot.create.saved")
         try:
+            before = await self.recordings.mark(record)
             made = await worker.checkpoint(sandbox_id, NodeCheckpoint(
                 snapshot_id=row.snapshot_id, tenant=row.tenant, name=row.name, memory=spec.memory, files=spec.files,
                 wait=spec.wait))  # fmt: skip
             await faults.point("snapshot.create.made")
-            return await self._ready(row, made)
+            ready = await self._ready(row, made)
+            await self.recordings.taken(record, ready, before)
+            return ready
         except RockError:
             await self._store.snapshots.remove(row.snapshot_id)  # files without a row are removed by `settle`
             raise
@@ -126,6 +131,7 @@ class Snapshots:
         await self._store.snapshots.use(row.snapshot_id, time.time())
         await faults.point("snapshot.rollback.begun")
         back: NodeSandbox = await worker.rollback(sandbox_id, row.snapshot_id)
+        await self.recordings.rolled_back(record, row.snapshot_id)
         await faults.point("snapshot.rollback.done")
         if record.info.paused_at is not None and not back.paused:
             record = await self._records.amend(sandbox_id, when=State.RUNNING, paused_at=None)

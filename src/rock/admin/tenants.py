@@ -28,6 +28,7 @@ from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, Quota, caller_of, digest_of
 from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
 from rock.protocol.pools import PoolInfo, SetPool
+from rock.protocol.recordings import RecordedEntries, RecordingInfo
 from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
 from rock.protocol.snapshots import CheckpointRequest, Forkable, ForkRequest, ForkResult, SnapshotInfo
 from rock.store.base import Query, Record, Store, member
@@ -194,6 +195,18 @@ class TenantService:
 
     async def delete_snapshot(self, name: str, tenant: str = "") -> SnapshotInfo:
         return await self._service.snapshots.delete(self._of(tenant), name)
+
+    # ---- recordings ----
+
+    async def recording(self, sandbox_id: str) -> RecordingInfo:
+        return await self._service.snapshots.recordings.get(await self.load(sandbox_id))
+
+    async def recorded(self, sandbox_id: str, after: int = 0) -> RecordedEntries:
+        return await self._service.snapshots.recordings.entries(await self.load(sandbox_id), after)
+
+    async def repeat_recording(self, sandbox_id: str, source: str) -> RecordingInfo:
+        record = await self.load(sandbox_id)
+        return await self._service.snapshots.recordings.repeat(record, await self.load(source))
 
     # ---- pools ----
 

@@ -207,7 +207,7 @@ class SandboxConfig(BaseConfig, Inside):
     for each tenant.
     volumes, mounts: see VolumeMount and HostMount. They are not retained, archived or committed with the sandbox.
     snapshot: id or name of a snapshot from which it starts; its image is the snapshot's. The server replaces a name by
-    the id. snapshot_worker: set by the server; a value of a client is replaced.
+    the id. snapshot_worker: set by the server. record: record all requests that change it, with their results.
     agents: names of recipes whose programs are mounted read-only at /opt/rock/agents/NAME; the worker installs missing
     ones (docs/guides/agents.md).
     name: a name for people, of up to 63 letters, digits and "_.-". It is unique among the tenant's sandboxes that are
@@ -241,6 +241,7 @@ class SandboxConfig(BaseConfig, Inside):
     agents: list[Annotated[str, Field(pattern=AGENT_PATTERN)]] | None = Field(default=None, max_length=MOST_MOUNTS)
     snapshot: str | None = Field(default=None, min_length=1, max_length=64)
     snapshot_worker: str | None = None
+    record: bool | None = None
     runtime: str | None = None
     isolation: Isolation | None = None
     minimum_isolation: Isolation = Isolation.NONE
@@ -303,6 +304,8 @@ class SandboxConfig(BaseConfig, Inside):
     def _one_after_stop(self) -> Self:
         if self.auto_archive_seconds is not None and self.auto_delete_seconds is not None:
             raise ValueError("auto_archive_seconds and auto_delete_seconds exclude each other")
+        if self.record and self.keeps_files:
+            raise ValueError("record: files of a recorded sandbox cannot be retained; a replay restores them")
         return self
 
     @field_validator("egress")
@@ -568,16 +571,15 @@ class SandboxInfo(Wire):
 
 _MOST = 256
 T = TypeVar("T", str, bytes)
-# by identity, which is valid while the config is referenced here
-_travelling: dict[int, tuple[SandboxConfig, bytes]] = {}
+_travelling: dict[int, tuple[SandboxConfig, bytes]] = {}  # by identity, while the config is referenced here
 _kept: dict[int, tuple[SandboxConfig, str]] = {}
 
 
 def travelling(config: SandboxConfig) -> bytes:
     """The encoding for a worker: without the name, which is the admin's, and without unset fields, which a worker of an
     older version may not have."""
-    exclude = {"name", *config.unchosen}
-    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=exclude, exclude_none=True).encode())
+    out = {"name", *config.unchosen}
+    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=out, exclude_none=True).encode())
 
 
 def kept(config: SandboxConfig) -> str:

@@ -370,6 +370,7 @@ class Supervisor:
                 adapter = datasets.adapter_of(self.config.image)
                 host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT, adapter=adapter,
                                lease=self._env_lease)  # fmt: skip
+                host.recorded = bool(self.config.record)
                 if self._env_host_kept:
                     self._env_host_kept = False
                     with contextlib.suppress(NotFound):  # it ended meanwhile

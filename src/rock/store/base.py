@@ -18,6 +18,7 @@ from rock.store.access import AccessStore
 from rock.store.configurations import Configurations
 from rock.store.jobs import Jobs
 from rock.store.pools import Pools
+from rock.store.recordings import Recordings
 from rock.store.snapshots import Snapshots
 from rock.store.volumes import Volumes
 
@@ -131,6 +132,9 @@ class Store(Protocol):
 
     @property
     def pools(self) -> Pools: ...
+
+    @property
+    def recordings(self) -> Recordings: ...
 
     @property
     def configurations(self) -> Configurations: ...

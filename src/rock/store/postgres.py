@@ -49,6 +49,7 @@ from rock.store.configurations import PostgresConfigurations
 from rock.store.jobs import PostgresJobs
 from rock.store.migrations import POSTGRES
 from rock.store.pools import PostgresPools
+from rock.store.recordings import PostgresRecordings
 from rock.store.snapshots import PostgresSnapshots
 from rock.store.volumes import PostgresVolumes
 
@@ -103,6 +104,7 @@ class PostgresStore:
         self.volumes = PostgresVolumes(self._transaction, _text)
         self.snapshots = PostgresSnapshots(self._transaction, _text)
         self.pools = PostgresPools(self._transaction)
+        self.recordings = PostgresRecordings(self._transaction, _text)
         self.configurations = PostgresConfigurations(self._transaction)
         self.jobs = PostgresJobs(self._transaction)
         self.access = PostgresAccess(self._transaction, _text)

@@ -23,7 +23,7 @@ from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
-from rock.store import access, base, configurations, jobs, pools, snapshots, volumes
+from rock.store import access, base, configurations, jobs, pools, recordings, snapshots, volumes
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -73,9 +73,10 @@ class SqliteStore:
         self.volumes = volumes.SqliteVolumes(self._within)
         self.snapshots = snapshots.SqliteSnapshots(self._within)
         self.pools = pools.SqlitePools(self._within)
+        self.recordings = recordings.SqliteRecordings(self._within, self._beside)
         self.configurations = configurations.SqliteConfigurations(self._within)
         self.jobs = jobs.SqliteJobs(self._within)
-        self.access = access.SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
+        self.access = access.SqliteAccess(self._within, self._beside)
 
     async def open(self) -> None:
         self._now(self._open)
@@ -191,6 +192,9 @@ class SqliteStore:
                 return work(self._open_db)
 
         return self._now(whole)
+
+    async def _beside(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        return await self._aside(lambda: work(self._open_db_aside))
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         try:
@@ -386,10 +390,8 @@ class SqliteStore:
         if query.after is not None:
             where.append("(created_at, id) < (?, ?)")
             values += query.after
-        rows = self._open_db_aside.execute(
-            f"{_SELECT} WHERE {' AND '.join(where)} ORDER BY created_at DESC, id DESC LIMIT ?", (*values, query.limit)
-        ).fetchall()
-        return [_load(row) for row in rows]
+        text = f"{_SELECT} WHERE {' AND '.join(where)} ORDER BY created_at DESC, id DESC LIMIT ?"
+        return [_load(row) for row in self._open_db_aside.execute(text, (*values, query.limit)).fetchall()]
 
     async def count(self, tenant: str | None = None) -> dict[str, int]:
         text = "SELECT state, count(*) FROM sandbox WHERE ? IS NULL OR tenant = ? GROUP BY state"
@@ -404,12 +406,10 @@ class SqliteStore:
     async def prune(self, before: float) -> int:
         removed = 0
         while True:
-            done = self._now(
-                self._open_db.execute,
-                "DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state IN (?, ?) AND stopped_at < ? "
-                f"AND coalesce(json_extract(info, '$.deleted_at'), 0) < ? AND NOT ({_LEFT}) LIMIT ?)",
-                (State.STOPPED.value, State.DELETED.value, before, before, _PRUNED_AT_ONCE),
-            )
+            text = ("DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state IN (?, ?) AND stopped_at < ? "
+                    f"AND coalesce(json_extract(info, '$.deleted_at'), 0) < ? AND NOT ({_LEFT}) LIMIT ?)")
+            values = State.STOPPED.value, State.DELETED.value, before, before, _PRUNED_AT_ONCE
+            done = self._now(self._open_db.execute, text, values)
             removed += done.rowcount
             if done.rowcount < _PRUNED_AT_ONCE:
                 return removed

@@ -1,15 +1,16 @@
-"""Routes of the snapshots and the warm pools of a tenant; those of a sandbox are in sandboxes.py."""
+"""Routes of the snapshots, recordings and warm pools of a tenant; those of a sandbox are in sandboxes.py."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel
 
 from rock.admin.tenants import TenantServices
 from rock.protocol.pools import PoolInfo, PoolList, SetPool
+from rock.protocol.recordings import RecordedEntries, RecordingInfo, RepeatRecording
 from rock.protocol.routes import ROUTES
 from rock.protocol.snapshots import SnapshotInfo, SnapshotList
 
@@ -56,3 +57,22 @@ def add_pool_routes(app: FastAPI, tenant_services: TenantServices) -> None:
     async def delete_pool(request: Request, pool: str, tenant: str = "") -> Response:
         """Delete a pool and its unclaimed sandboxes. `tenant`: as of set_pool."""
         return _json(await tenant_services(request.scope).delete_pool(pool, tenant))
+
+
+def add_recording_routes(app: FastAPI, tenant_services: TenantServices) -> None:
+    @app.get(**_row("get_recording", RecordingInfo, "recordings"))
+    async def get_recording(request: Request, sandbox_id: str) -> Response:
+        """The recording of a sandbox with record=True, also after its end."""
+        return _json(await tenant_services(request.scope).recording(sandbox_id))
+
+    @app.get(**_row("list_recorded", RecordedEntries, "recordings"))
+    async def list_recorded(
+        request: Request, sandbox_id: str, after: Annotated[int, Query(ge=0, le=1 << 53)] = 0
+    ) -> Response:
+        """Entries in order, those above `after`."""
+        return _json(await tenant_services(request.scope).recorded(sandbox_id, after))
+
+    @app.put(**_row("repeat_recording", RecordingInfo, "recordings"))
+    async def repeat_recording(request: Request, sandbox_id: str, spec: RepeatRecording) -> Response:
+        """Answer the clients of a sandbox from a recording as long as they repeat its requests in order."""
+        return _json(await tenant_services(request.scope).repeat_recording(sandbox_id, spec.source))
