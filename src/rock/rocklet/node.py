@@ -194,6 +194,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
+        supervisor.begin_auto_pause()
         self._used.note(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.sessions.claim(ahead):
@@ -211,6 +212,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         self.kept.awake(sandbox_id)
         self.supervisors[sandbox_id] = supervisor
+        supervisor.begin_auto_pause()
         self._spawn(self._open_default(supervisor, None))
         return supervisor
 
@@ -325,6 +327,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
+        new.begin_auto_pause()
         await old.replaced()  # also removes its logs
         await new.attach_processes(new.expected)
         await new.saved()
@@ -374,7 +377,8 @@ class Node:
     async def pause(self, sandbox_id: str) -> NodeSandbox:
         """See `Supervisor.pause`."""
         supervisor = self.get(sandbox_id)
-        await supervisor.pause()
+        async with supervisor.awake():
+            await supervisor.pause()
         return supervisor.describe()
 
     async def resume(self, sandbox_id: str) -> NodeSandbox:
@@ -551,4 +555,5 @@ class Recovery:
         if record.get("inherited", [None])[0] is not None:
             node.snapshots.inherit(supervisor, record["inherited"][0], record["inherited"][1:])
         node.supervisors[sandbox_id] = supervisor
+        supervisor.begin_auto_pause()
         log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())

@@ -136,6 +136,9 @@ class Runtimes:
         if config.on_timeout == "pause" and not isinstance(runtime, Pauses):
             raise Unsupported(f'on_timeout="pause": runtime {runtime.name!r} has no pause',
                               hint="leave out on_timeout, or use another runtime")
+        if config.auto_pause is not None and not isinstance(runtime, Pauses):
+            raise Unsupported(f"auto_pause: runtime {runtime.name!r} has no pause",
+                              hint="leave out auto_pause, or use another runtime")
         # Prerequisites that are installed on first use are checked at that time.
         if await self.has_image(runtime, config):
             await runtime.check(config)

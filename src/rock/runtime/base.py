@@ -346,6 +346,15 @@ class Pauses(Protocol, metaclass=Capability):
 
 
 @runtime_checkable
+class Swaps(Protocol, metaclass=Capability):
+    """Moves memory of stopped processes out of the main memory."""
+
+    async def swap_out(self, handle: Handle) -> int:
+        """Swap out what can be swapped out; returns the bytes. Unsupported with the reason where nothing can be."""
+        ...
+
+
+@runtime_checkable
 class Listens(Protocol, metaclass=Capability):
     """Loopback ports inside whose connections the rocklet serves. They need no network, and stay open while the rocklet
     restarts: connections wait until they are accepted."""

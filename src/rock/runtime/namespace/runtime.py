@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rock import errors
+from rock.guest.init import process_tree
+from rock.host import swapping
 from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.action import ConnectionList
@@ -350,6 +352,13 @@ class NamespaceRuntime(InitSandboxes):
             upper = f"{self._run_dir}/{handle.data['slot']}/upper"
             used.disk_bytes = await asyncio.to_thread(disk_layout.written, upper)
         return used
+
+    async def swap_out(self, handle: Handle) -> int:
+        def work() -> int:
+            tree = process_tree.descendants(process_tree.scan(), handle.data["pid"])
+            return swapping.swap_out([entry.pid for entry in tree if entry.alive])
+
+        return await asyncio.to_thread(work)
 
     def oom_kills(self, handle: Handle) -> int:
         return self._slots.oom_kills(handle)
