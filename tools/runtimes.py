@@ -9,8 +9,9 @@ from pathlib import Path
 from rock.cli.serve.serve import make_runtimes
 from rock.protocol.sandbox import Isolation
 from rock.rocklet.images.store import Images
-from rock.runtime.base import Files, Keeps, Limits, Pauses, Pools, Ports, Runtime, Snapshots, Trait, Watches
+from rock.runtime.base import Files, Keeps, Limits, Pauses, Ports, Runtime, Snapshots, Trait, Watches
 from rock.runtime.plugins import OWN
+from rock.runtime.pools import Pools
 from rock.settings import Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "runtimes.md"

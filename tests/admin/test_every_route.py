@@ -31,8 +31,8 @@ from rock.sync import Client, Sandbox, SandboxConfig
 # Routes that are about no sandbox that is named: they make one, or change what all share.
 _MAKES = {"/v1/sandboxes", "/v1/groups", "/v1/envs", "/v1/envs/add", "/v1/envs/build", f"{SANDBOXES}/start",
           f"{SANDBOXES}/start_async", f"{GEM}/make", f"{E2B}/v2/sandboxes", f"{E2B}/sandboxes",
-          "/env/register", "/env/delete", "/v1/keys",
-          "/v1/keys/{key_id}", "/v1/volumes", "/v1/workers", "/v1/workers/{worker}/beat"}  # fmt: skip
+          "/env/register", "/env/delete", "/v1/keys", "/v1/keys/{key_id}",
+          "/v1/volumes", "/v1/pools/{pool}", "/v1/workers", "/v1/workers/{worker}/beat"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
     path = row.path.format(sandbox_id=sandbox_id, box=sandbox_id, session="default", process_id="1", port="8000",
                            rest="x", env="1", owner="x" * 16, key_id="x", worker="x", group_id=sandbox_id,
                            volume=sandbox_id, upstream="x", run="x", snapshot="x", job_id="0" * 16,
-                           number="1", template="x", alias="x", hash="x", build="x", secret="x")  # fmt: skip
+                           number="1", template="x", alias="x", hash="x", build="x", secret="x", pool="x")  # fmt: skip
     named = f"{sandbox_id}/1/game:Sokoban-v0-easy" if row.path.startswith(GEM) else sandbox_id
     body: dict[str, Any] = {
         "sandbox_id": named, "sandbox_ids": [sandbox_id], "command": "touch /tmp/was-here", "path": "/tmp/was-here",

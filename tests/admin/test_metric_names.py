@@ -9,11 +9,11 @@ from rock.cli.serve import observing, serve
 from rock.http import middleware
 from rock.images.registry import transfers
 from rock.rocklet.api import sandboxes
-from rock.runtime.namespace import factory
+from rock.runtime.namespace import pools
 from rock.telemetry.metrics import REGISTRY
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "observability.md"
-DECLARING = (serve, sandboxes, middleware, observing, factory, transfers)
+DECLARING = (serve, sandboxes, middleware, observing, pools, transfers)
 
 
 def test_the_guide_tells_of_every_metric() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.faults.branches import BranchMachine
 from tests.faults.machine import FaultMachine
 from tests.faults.world import KINDS, World
 
@@ -42,7 +43,8 @@ def campaign(
         phases=[Phase.generate], suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
     )  # fmt: skip
     end = time.monotonic() + minutes * 60
-    machine = type("FaultMachine", (FaultMachine,), {"counts": counts, "longest": longest})
+    base = BranchMachine if kind == "branches" else FaultMachine
+    machine = type(base.__name__, (base,), {"counts": counts, "longest": longest})
     with_world = 0
     while counts["runs"] < runs and time.monotonic() < end:
         with_world += 1
@@ -88,7 +90,7 @@ def main() -> int:
     print(f"{given.kind}: {counts['runs']} runs, {counts['steps']} steps, {counts['requests']} requests, "
           f"{counts['kills']} kills, {counts['problems']} problems, {time.monotonic() - began:.0f} s")
     print({name: counts[name] for name in COUNTED if counts[name]})
-    print({name: count for name, count in sorted(counts.items()) if name.startswith("rule ")})
+    print({name: count for name, count in sorted(counts.items()) if name.startswith(("rule ", "branch "))})
     return 1 if counts["problems"] else 0
 
 

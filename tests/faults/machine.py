@@ -83,6 +83,7 @@ class Model:
     life: int = 0  # of what holds it in its memory
     damaged: bool = False  # a file that tells of it was damaged: it may be lost, and its answers, but nothing is twice
     shared: bool = False  # several clients worked in it at the same time
+    branch: bool = False  # of a tree: see branches.py
     effects: list[Effect] = field(default_factory=list)
 
 
@@ -126,7 +127,7 @@ class FaultMachine(RuleBasedStateMachine):
             raise
         finally:
             self.requests.append(f"{began:.2f} {name} {key or ''} {body if name == 'execute' else ''} -> {outcome}")
-        if isinstance(answer, dict) and "state" in answer and "sandbox_id" in answer:
+        if isinstance(answer, dict) and answer.get("state") in RANK and "sandbox_id" in answer:
             self._observe(answer)
         return answer
 

@@ -7,6 +7,7 @@ apart               an admin and a rocklet in two processes, the sandboxes in th
 joined              an admin and a rocklet that joined it, with a real lease and the process runtime
 joined-namespace    the same with the namespace runtime
 cluster             an admin and three rocklets that joined it, with the process runtime
+branches            as namespace, with checkpoints, rollbacks, forks and pauses (branches.py)
 postgres            as process, with PostgreSQL as the store
 damage              as process; files of the rocklet are damaged between a kill and the next start
 """
@@ -31,7 +32,7 @@ from rock.runtime.namespace import records
 from rock.sync.transport import Transport
 from tests.store.postgres_server import Databases, postgres
 
-KINDS = ("process", "apart", "namespace", "joined", "joined-namespace", "cluster", "postgres", "damage")
+KINDS = ("process", "apart", "namespace", "branches", "joined", "joined-namespace", "cluster", "postgres", "damage")
 KEY, TOKEN = "the owner's key", "what workers join by"
 START = 100.0  # seconds for a server to serve
 
@@ -175,7 +176,8 @@ class World:
         if kind == "joined-namespace":
             runtime = "namespace"
         self.key = KEY if joins else None
-        self.runtime = runtime if joins else {"apart": "fake", "namespace": "namespace"}.get(kind, "process")
+        alone = {"apart": "fake", "namespace": "namespace", "branches": "namespace"}
+        self.runtime = runtime if joins else alone.get(kind, "process")
         self._zygote = Zygote()
         self._owned = contextlib.ExitStack()
         self.database: Databases | None = None

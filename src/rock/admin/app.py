@@ -163,6 +163,7 @@ class Admin:
         self.configuration.checks.append(self._check_templates)
         self.keys = Keys(store, bool(settings.api_key), lambda: self.configuration.current.quotas)
         self.configuration.on_change.append(lambda _: self.keys.reread())
+        self.service.pools.budget = lambda: self.configuration.current.pools.budget
         tenant_services = TenantServices(self.service, self.keys, self.configuration)
 
         def pages() -> App:

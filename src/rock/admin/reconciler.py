@@ -158,6 +158,7 @@ class Reconciler:
             asyncio.create_task(self._deadlines(), name="deadlines"),
             asyncio.create_task(self._prune(), name="prune"),
             asyncio.create_task(self.service.snapshots.run(), name="retention of snapshots"),
+            asyncio.create_task(self.service.pools.run(), name="pools"),
             asyncio.create_task(LostWorkers(self.service, workers).run(), name="losses"),
         ]
         if isinstance(self.service.placer.reservations, PodReservations):
@@ -536,6 +537,7 @@ class Reconciler:
         while True:
             try:
                 await self.service.store.prune(time.time() - TOMBSTONES)
+                await self.service.store.recordings.prune()
                 await self.service.placer.sweep(self.service.store)
             except Exception as error:
                 reconciler_log.warning("pruning: %s", error)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from rock import faults
+from rock.admin.recordings import Recordings
 from rock.admin.sandboxes.groups import Groups
 from rock.admin.sandboxes.records import Records
 from rock.admin.workers.client import Worker
@@ -59,6 +60,7 @@ class Snapshots:
         self._workers = workers
         self._groups = groups
         self._ttl = ttl
+        self.recordings = Recordings(store)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
@@ -97,11 +99,14 @@ class Snapshots:
             return row
         await faults.point("snapshot.create.saved")
         try:
+            before = await self.recordings.mark(record)
             made = await worker.checkpoint(sandbox_id, NodeCheckpoint(
                 snapshot_id=row.snapshot_id, tenant=row.tenant, name=row.name, memory=spec.memory, files=spec.files,
                 wait=spec.wait))  # fmt: skip
             await faults.point("snapshot.create.made")
-            return await self._ready(row, made)
+            ready = await self._ready(row, made)
+            await self.recordings.taken(record, ready, before)
+            return ready
         except RockError:
             await self._store.snapshots.remove(row.snapshot_id)  # files without a row are removed by `settle`
             raise
@@ -126,6 +131,7 @@ class Snapshots:
         await self._store.snapshots.use(row.snapshot_id, time.time())
         await faults.point("snapshot.rollback.begun")
         back: NodeSandbox = await worker.rollback(sandbox_id, row.snapshot_id)
+        await self.recordings.rolled_back(record, row.snapshot_id)
         await faults.point("snapshot.rollback.done")
         if record.info.paused_at is not None and not back.paused:
             record = await self._records.amend(sandbox_id, when=State.RUNNING, paused_at=None)
@@ -220,8 +226,21 @@ class Snapshots:
     # ---- delete ----
 
     async def delete(self, tenant: str | None, name: str) -> SnapshotInfo:
-        """Delete a snapshot; its layer stays while sandboxes or other snapshots use it. NotFound, Unavailable."""
-        return await self._whole(self._delete(await self._find(tenant, name)))
+        """Delete a snapshot; its layer stays while sandboxes or other snapshots use it. NotFound, Conflict while a pool
+        uses it, Unavailable."""
+        row = await self._find(tenant, name)
+        pools = (await self._pools()).get(row.snapshot_id)
+        if pools:
+            raise Conflict(f"snapshot {name} is used by pool {pools[0]}", hint=f"first: rock pool rm {pools[0]}")
+        return await self._whole(self._delete(row))
+
+    async def _pools(self) -> dict[str, Sequence[str]]:
+        """Names of pools by the ids of their snapshots."""
+        found: dict[str, Sequence[str]] = {}
+        for pool in await self._store.pools.list():
+            if pool.config.snapshot is not None:
+                found[pool.config.snapshot] = [*found.get(pool.config.snapshot, ()), pool.name]
+        return found
 
     async def _delete(self, row: SnapshotInfo) -> SnapshotInfo:
         row = row.model_copy(update={"state": "deleting"})
@@ -235,10 +254,15 @@ class Snapshots:
         return row
 
     async def expire(self) -> int:
-        """Delete the snapshots whose retention has ended; one on which a sandbox runs stays. Returns their number."""
+        """Delete the snapshots whose retention has ended; one on which a sandbox runs, or of which
+        there is a pool, stays. Returns their number."""
         gone = 0
         by_worker: dict[str, list[SnapshotInfo]] = {}
+        pools = await self._pools()
         for row in await self._store.snapshots.expired(time.time()):
+            if row.snapshot_id in pools:
+                await self._store.snapshots.use(row.snapshot_id, time.time())
+                continue
             by_worker.setdefault(row.worker, []).append(row)
         for name, rows in by_worker.items():
             worker = await self._workers.current(name)

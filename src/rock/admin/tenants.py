@@ -27,6 +27,8 @@ from rock.protocol.configuration import QuotaRules, TemplateRules
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, Quota, caller_of, digest_of
 from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
+from rock.protocol.pools import PoolInfo, SetPool
+from rock.protocol.recordings import RecordedEntries, RecordingInfo
 from rock.protocol.sandbox import (
     TEMPLATE_LABEL,
     CommitRequest,
@@ -219,6 +221,29 @@ class TenantService:
 
     async def delete_snapshot(self, name: str, tenant: str = "") -> SnapshotInfo:
         return await self._service.snapshots.delete(self._of(tenant), name)
+
+    # ---- recordings ----
+
+    async def recording(self, sandbox_id: str) -> RecordingInfo:
+        return await self._service.snapshots.recordings.get(await self.load(sandbox_id))
+
+    async def recorded(self, sandbox_id: str, after: int = 0) -> RecordedEntries:
+        return await self._service.snapshots.recordings.entries(await self.load(sandbox_id), after)
+
+    async def repeat_recording(self, sandbox_id: str, source: str) -> RecordingInfo:
+        record = await self.load(sandbox_id)
+        return await self._service.snapshots.recordings.repeat(record, await self.load(source))
+
+    # ---- pools ----
+
+    async def set_pool(self, name: str, spec: SetPool, tenant: str = "") -> PoolInfo:
+        return await self._service.pools.set(self._of(tenant), name, spec, self._allowed)
+
+    async def list_pools(self) -> Sequence[PoolInfo]:
+        return await self._service.pools.list(self.caller.tenant)
+
+    async def delete_pool(self, name: str, tenant: str = "") -> PoolInfo:
+        return await self._service.pools.delete(self._of(tenant), name)
 
     # ---- change ----
 

@@ -98,10 +98,12 @@ class PodPool(Wire):
 
 
 class PoolRules(Wire):
-    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE. pods: of
-    servers whose sandboxes are pods."""
+    """size: warm sandboxes for each recently used image, on each worker; None is the worker's ROCK_POOL_SIZE. budget:
+    most unclaimed sandboxes of all defined pools together, on each worker. pods: of servers whose sandboxes are
+    pods."""
 
     size: int | None = Field(default=None, ge=0, le=1000)
+    budget: int = Field(default=64, ge=0, le=100_000)
     pods: list[PodPool] = Field(default_factory=list, max_length=100)
 
 

@@ -110,6 +110,9 @@ def node_rows() -> Iterator[Route]:
               "NodeVolume", "NodeVolumes")  # fmt: skip
     yield row("node_delete_volume", "DELETE", "/node/v1/volumes/{volume_id}", "node",
               "Delete a volume that no sandbox here uses; idempotent", "", "NodeVolumes")  # fmt: skip
+    yield row("node_pools", "GET", "/node/v1/pools", "node", "The warm pools here", "", "NodePoolStates")
+    yield row("node_define_pools", "PUT", "/node/v1/pools", "node", "Set all warm pools here; idempotent", "NodePools",
+              "NodePoolStates")  # fmt: skip
     s = "/node/v1/snapshots"
     yield row("node_snapshots", "GET", s, "node", "The snapshots here", "", "NodeSnapshots")
     yield row("node_delete_snapshot", "DELETE", s + "/{snapshot_id}", "node",

@@ -211,6 +211,22 @@ def control_rows() -> Iterator[Route]:
     yield row("delete_snapshot", "DELETE", n, "control",
               "Delete a snapshot; its files stay while sandboxes or other snapshots use them", "?tenant",
               "SnapshotInfo")  # fmt: skip
+    # recordings
+    r = "/v1/recordings/{sandbox_id}"
+    yield row("get_recording", "GET", r, "control", "The recording of a sandbox, also of an ended one", "",
+              "RecordingInfo")  # fmt: skip
+    yield row("list_recorded", "GET", r + "/entries", "control", "Recorded requests with their responses", "?after",
+              "RecordedEntries")  # fmt: skip
+    yield row("repeat_recording", "PUT", r + "/repeat", "control",
+              "Answer the clients of a sandbox with the entries of a recording", "RepeatRecording",
+              "RecordingInfo")  # fmt: skip
+    # warm pools
+    p = "/v1/pools/{pool}"
+    yield row("list_pools", "GET", "/v1/pools", "control", "Warm pools, with their states", "", "PoolList")
+    yield row("set_pool", "PUT", p, "control", "Define a warm pool, or replace its definition", "SetPool ?tenant",
+              "PoolInfo")  # fmt: skip
+    yield row("delete_pool", "DELETE", p, "control", "Delete a warm pool and its unclaimed sandboxes", "?tenant",
+              "PoolInfo")  # fmt: skip
     # volumes
     v = "/v1/volumes/{volume}"
     yield row("create_volume", "POST", "/v1/volumes", "control", "Create a volume on a worker", "CreateVolume",

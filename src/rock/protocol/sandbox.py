@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
@@ -13,13 +13,20 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rock import settings
 from rock.protocol import egress
+from rock.protocol.mounts import AGENT_PATTERN as AGENT_PATTERN
+from rock.protocol.mounts import AGENTS as AGENTS
+from rock.protocol.mounts import MOST_MOUNTS as MOST_MOUNTS
+from rock.protocol.mounts import NAME_PATTERN as NAME_PATTERN
+from rock.protocol.mounts import HostMount as HostMount
+from rock.protocol.mounts import VolumeMount as VolumeMount
+from rock.protocol.mounts import check_targets as check_targets
+from rock.protocol.mounts import mount_target as mount_target
 from rock.protocol.wire import Inside, Wire, html_table
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _LONGEST = 1 << 32  # seconds: beyond any practical use, and small enough to be added to a time
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 
 
 @lru_cache(maxsize=1024)
@@ -99,83 +106,7 @@ class BaseConfig(Wire):
     reconnect_timeout: float | None = Field(default=None, ge=0, le=3600, exclude=True)
 
 
-# ---- folders from outside ----
-
-MOST_MOUNTS = 16  # volumes and host folders of one sandbox
-_LONGEST_PATH = 1024
-_CLOSED = ("/proc", "/sys", "/dev")
 TEMPLATE_LABEL = "rock.kubernetes.template"  # of a sandbox that is a pod: the name of its template
-AGENTS = "/opt/rock/agents"  # one folder for each agent
-AGENT_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
-
-
-class VolumeMount(Inside):
-    """A volume in a sandbox. name: of a volume of the tenant. target: the absolute path at which it is mounted; a
-    missing folder is created. read_only: rejects writes.
-
-    volume_id, worker: set by the server; values of a client are replaced.
-    """
-
-    name: str = Field(pattern=NAME_PATTERN)
-    target: str
-    read_only: bool = False
-    volume_id: str | None = None
-    worker: str | None = None
-
-    @field_validator("target")
-    @classmethod
-    def _target(cls, value: str) -> str:
-        return mount_target(value)
-
-
-class HostMount(Inside):
-    """A folder of the worker in a sandbox, always read-only. source: an absolute path in a folder of ROCK_HOST_MOUNTS,
-    without symbolic links. target: as of VolumeMount."""
-
-    source: str
-    target: str
-
-    @field_validator("source")
-    @classmethod
-    def _source(cls, value: str) -> str:
-        return _plain_path(value, "source")
-
-    @field_validator("target")
-    @classmethod
-    def _target(cls, value: str) -> str:
-        return mount_target(value)
-
-
-def _plain_path(text: str, what: str) -> str:
-    """An absolute path without "." and ".." parts and without repeated slashes. ValueError."""
-    parts = text.split("/")
-    if not text.startswith("/") or len(text.encode("utf-8", "surrogateescape")) > _LONGEST_PATH or "\0" in text:
-        raise ValueError(f"{what}={text[:100]!r} is not an absolute path of at most {_LONGEST_PATH} bytes")
-    if "." in parts or ".." in parts:
-        raise ValueError(f"{what}={text[:100]!r} has a part \".\" or \"..\": write the path without it")
-    return "/" + "/".join(filter(None, parts))
-
-
-def mount_target(text: str) -> str:
-    """The normalized path of a mount. ValueError for /, /proc, /sys, /dev and what is below the last three."""
-    target = _plain_path(text, "target")
-    if target == "/" or any(_is_below(target, closed) for closed in _CLOSED):
-        raise ValueError(f"target={target!r}: nothing can be mounted there; choose another folder, like /data")
-    return target
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder + "/")
-
-
-def check_targets(targets: Iterable[str]) -> None:
-    """Raise ValueError for too many targets, and for one that is equal to another or below it."""
-    ordered = sorted(target + "/" for target in targets)
-    if len(ordered) > MOST_MOUNTS:
-        raise ValueError(f"{len(ordered)} volumes and mounts: a sandbox has at most {MOST_MOUNTS}")
-    for index, target in enumerate(ordered[1:]):
-        if target.startswith(ordered[index]):
-            raise ValueError(f"target={target[:-1]!r} is {ordered[index][:-1]!r} or below it: choose separate folders")
 
 
 class SandboxConfig(BaseConfig, Inside):
@@ -189,7 +120,8 @@ class SandboxConfig(BaseConfig, Inside):
     auto_clear_seconds: idle timeout after which it is stopped; 0 is never. A sandbox is idle when no request is in
     progress: a background process alone does not keep it alive. timeout: seconds from its start after which it is
     stopped in any case; None is never. on_timeout: None stops it at that time, "pause" pauses it, as soon as no request
-    is in progress, and a paused sandbox has no timeout.
+    is in progress, and a paused sandbox has no timeout. auto_pause: seconds without a request after which its processes
+    are stopped, until the next request. Its idle timeout continues meanwhile.
     auto_delete_seconds: retention of the files of a stopped sandbox, for a restart or archiving: seconds from its stop.
     With None and 0 the files are deleted when it stops.
     auto_archive_seconds: retain the files too, and move them to the server's archive so many seconds after the stop.
@@ -208,7 +140,7 @@ class SandboxConfig(BaseConfig, Inside):
     for each tenant.
     volumes, mounts: see VolumeMount and HostMount. They are not retained, archived or committed with the sandbox.
     snapshot: id or name of a snapshot from which it starts; its image is the snapshot's. The server replaces a name by
-    the id. snapshot_worker: set by the server; a value of a client is replaced.
+    the id. snapshot_worker: set by the server. record: record all requests that change it, with their results.
     agents: names of recipes whose programs are mounted read-only at /opt/rock/agents/NAME; the worker installs missing
     ones (docs/guides/agents.md).
     name: a name for people, of up to 63 letters, digits and "_.-". It is unique among the tenant's sandboxes that are
@@ -234,6 +166,7 @@ class SandboxConfig(BaseConfig, Inside):
     auto_delete_seconds: int | None = Field(default=None, ge=0, le=_LONGEST)
     timeout: float | None = Field(default=None, gt=0, le=_LONGEST)
     on_timeout: Literal["pause"] | None = None
+    auto_pause: float | None = Field(default=None, ge=0.1, le=_LONGEST)
     startup_timeout: float = Field(default=180.0, gt=0, le=_LONGEST)
     network: Literal["none", "nat", "bridge", "host"] = "none"
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
@@ -242,6 +175,7 @@ class SandboxConfig(BaseConfig, Inside):
     agents: list[Annotated[str, Field(pattern=AGENT_PATTERN)]] | None = Field(default=None, max_length=MOST_MOUNTS)
     snapshot: str | None = Field(default=None, min_length=1, max_length=64)
     snapshot_worker: str | None = None
+    record: bool | None = None
     runtime: str | None = None
     isolation: Isolation | None = None
     minimum_isolation: Isolation = Isolation.NONE
@@ -304,6 +238,8 @@ class SandboxConfig(BaseConfig, Inside):
     def _one_after_stop(self) -> Self:
         if self.auto_archive_seconds is not None and self.auto_delete_seconds is not None:
             raise ValueError("auto_archive_seconds and auto_delete_seconds exclude each other")
+        if self.record and self.keeps_files:
+            raise ValueError("record: files of a recorded sandbox cannot be retained; a replay restores them")
         return self
 
     @field_validator("egress")
@@ -395,7 +331,8 @@ class Phase(Wire):
 
 
 class Usage(Wire):
-    """Measured usage of one sandbox: bytes, CPU seconds since its start, and processes."""
+    """Measured usage of one sandbox: bytes, CPU seconds since its start, and processes. auto_paused: whether it is
+    paused by `auto_pause` now; swapped_bytes: memory that was swapped out then; not_swapped: the reason against it."""
 
     memory_bytes: int | None = None
     memory_peak_bytes: int | None = None
@@ -403,6 +340,9 @@ class Usage(Wire):
     pids: int | None = None
     oom_kills: int | None = None
     disk_bytes: int | None = None
+    auto_paused: bool | None = None
+    swapped_bytes: int | None = None
+    not_swapped: str | None = None
 
 
 class StateChange(Wire):
@@ -569,16 +509,15 @@ class SandboxInfo(Wire):
 
 _MOST = 256
 T = TypeVar("T", str, bytes)
-# by identity, which is valid while the config is referenced here
-_travelling: dict[int, tuple[SandboxConfig, bytes]] = {}
+_travelling: dict[int, tuple[SandboxConfig, bytes]] = {}  # by identity, while the config is referenced here
 _kept: dict[int, tuple[SandboxConfig, str]] = {}
 
 
 def travelling(config: SandboxConfig) -> bytes:
     """The encoding for a worker: without the name, which is the admin's, and without unset fields, which a worker of an
     older version may not have."""
-    exclude = {"name", *config.unchosen}
-    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=exclude, exclude_none=True).encode())
+    out = {"name", *config.unchosen}
+    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=out, exclude_none=True).encode())
 
 
 def kept(config: SandboxConfig) -> str:

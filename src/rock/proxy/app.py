@@ -27,6 +27,7 @@ from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, d
 from rock.protocol.keys import caller_of
 from rock.protocol.routes import BUILD, ERROR_CODE, OUTAGE, PREFIX, ROUTES, is_data
 from rock.protocol.sandbox import Cause, SandboxInfo, State
+from rock.proxy.recording import Recorder
 from rock.store.base import Store
 
 _REMEMBERED = 20_000
@@ -53,6 +54,7 @@ class Proxy:
         self._placed: OrderedDict[str, str] = OrderedDict()  # workers by id
         self._owned: OrderedDict[str, str] = OrderedDict()  # tenants by id
         # access rights are checked here: a remote worker receives our key, not the caller's
+        self._recorder = Recorder(store)
         self._rows = Router("data")
         for route in ROUTES.values():
             if route.plane == "data":
@@ -63,6 +65,18 @@ class Proxy:
         if tenant is not None and scope["path"] != BUILD and not await self._owns(tenant, _sandbox_id(scope)):
             await _refuse(scope, send, no_such_sandbox(_sandbox_id(scope)))
             return
+        sandbox_id = _sandbox_id(scope)
+        if scope["path"] != BUILD and await self._recorder.records(sandbox_id):
+            try:
+                self._check(scope)
+            except RockError as error:
+                await _refuse(scope, send, error)
+                return
+            await self._recorder(scope, receive, send, sandbox_id, self._pass)
+            return
+        await self._pass(scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._local is None or (len(self._workers) > 1 and scope["path"] != BUILD):
             await self._forward(scope, receive, send)
             return

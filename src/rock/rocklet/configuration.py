@@ -13,7 +13,7 @@ from rock.host import atomic_file
 from rock.images.registry import rules
 from rock.protocol.configuration import Configuration, NodeConfiguration
 from rock.rocklet.runtimes import Runtimes
-from rock.runtime.base import Resizes
+from rock.runtime.pools import Resizes
 from rock.telemetry import set_log_level
 
 log = logging.getLogger("rock.node")

@@ -30,13 +30,15 @@ from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
 from rock.rocklet.lifecycle import Ends, make, wake_sandbox
+from rock.rocklet.pools import Pools as WarmPools
 from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
 from rock.rocklet.snapshots import Snapshots
 from rock.rocklet.state import StateDirectory
 from rock.rocklet.volumes import HostFolders, Volumes
-from rock.runtime.base import Handle, Liveness, Pools, Prepared, Runtime
+from rock.runtime.base import Handle, Liveness, Runtime
+from rock.runtime.pools import Pools, Prepared
 
 log = logging.getLogger("rock.node")
 
@@ -82,6 +84,7 @@ class Node:
                                images.agents)  # fmt: skip
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
+        self.pools = WarmPools(self.runtimes)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -116,6 +119,7 @@ class Node:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.pools.close()
         await self.snapshots.close()
         await self.commits.close()
         await self.builds.close()
@@ -190,6 +194,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
+        supervisor.begin_auto_pause()
         self._used.note(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.sessions.claim(ahead):
@@ -207,6 +212,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         self.kept.awake(sandbox_id)
         self.supervisors[sandbox_id] = supervisor
+        supervisor.begin_auto_pause()
         self._spawn(self._open_default(supervisor, None))
         return supervisor
 
@@ -321,6 +327,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
+        new.begin_auto_pause()
         await old.replaced()  # also removes its logs
         await new.attach_processes(new.expected)
         await new.saved()
@@ -370,7 +377,8 @@ class Node:
     async def pause(self, sandbox_id: str) -> NodeSandbox:
         """See `Supervisor.pause`."""
         supervisor = self.get(sandbox_id)
-        await supervisor.pause()
+        async with supervisor.awake():
+            await supervisor.pause()
         return supervisor.describe()
 
     async def resume(self, sandbox_id: str) -> NodeSandbox:
@@ -547,4 +555,5 @@ class Recovery:
         if record.get("inherited", [None])[0] is not None:
             node.snapshots.inherit(supervisor, record["inherited"][0], record["inherited"][1:])
         node.supervisors[sandbox_id] = supervisor
+        supervisor.begin_auto_pause()
         log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())

@@ -20,11 +20,11 @@ from rock.runtime.base import (
     MountSource,
     OwnImages,
     Pauses,
-    Pools,
     Runtime,
     Trait,
 )
 from rock.runtime.plugins import BrokenRuntime
+from rock.runtime.pools import Pools
 
 log = logging.getLogger("rock.node")
 
@@ -136,13 +136,17 @@ class Runtimes:
         if config.on_timeout == "pause" and not isinstance(runtime, Pauses):
             raise Unsupported(f'on_timeout="pause": runtime {runtime.name!r} has no pause',
                               hint="leave out on_timeout, or use another runtime")
+        if config.auto_pause is not None and not isinstance(runtime, Pauses):
+            raise Unsupported(f"auto_pause: runtime {runtime.name!r} has no pause",
+                              hint="leave out auto_pause, or use another runtime")
         # Prerequisites that are installed on first use are checked at that time.
-        if await self._has_image(runtime, config):
+        if await self.has_image(runtime, config):
             await runtime.check(config)
 
     # ---- images ----
 
-    async def _has_image(self, runtime: Runtime, config: SandboxConfig) -> bool:
+    async def has_image(self, runtime: Runtime, config: SandboxConfig) -> bool:
+        """Whether `prepare_image` has nothing to do."""
         if config.snapshot is not None:
             return True
         if isinstance(runtime, OwnImages):

@@ -22,6 +22,7 @@ from rock.images.packages import CURRENT
 from rock.protocol.action import Command
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import Cause, Phase, SandboxConfig, Usage
+from rock.rocklet.auto_pause import AutoPause
 from rock.rocklet.commands import programs
 from rock.rocklet.commands.registry import Sessions
 from rock.rocklet.commands.shell_process import Shell
@@ -123,6 +124,8 @@ class Supervisor:
         self._env_lock = asyncio.Lock()
         self._save_lock = asyncio.Lock()
         self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
+        self.auto_pause = None if config.auto_pause is None else AutoPause(self, config.auto_pause)
+        self._pauser: asyncio.Task[None] | None = None
 
     # ---- record for the next rocklet process ----
 
@@ -143,6 +146,7 @@ class Supervisor:
         processes |= {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
                        spools=self.spools.path.name, marked=self._marked, paused=self.paused,
+                       auto_paused=self.auto_pause is not None and self.auto_pause.paused,
                        gateway_port=self.gateway_port.port,
                        inherited=[self.snapshot, *self.sessions.inherited])  # fmt: skip
 
@@ -156,6 +160,8 @@ class Supervisor:
     async def attach(self, record: dict[str, Any], kept: Sequence[str]) -> None:
         """Attach to the sessions and processes of an earlier rocklet process; those that ended are omitted. kept: the
         keys of the processes that the runtime still has."""
+        if record.get("auto_paused") and isinstance(self.runtime, Pauses):
+            await self.runtime.resume(self.handle)
         await self.sessions.recover(record.get("sessions", {}), kept, self.journal)
         if record.get("paused") and isinstance(self.runtime, Pauses):
             self.paused = True
@@ -191,6 +197,24 @@ class Supervisor:
         await self.saved()
 
     # ---- activity ----
+
+    def begin_auto_pause(self) -> None:
+        """Pause it when it is idle, from now on, if its config has that."""
+        if self.auto_pause is not None and self._pauser is None:
+            self._pauser = asyncio.create_task(self.auto_pause.run(), name=f"auto-pause-{self.id}")
+
+    def awake(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Context in which an automatic pause is over, and none begins."""
+        return contextlib.nullcontext() if self.auto_pause is None else self.auto_pause.awake()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is in progress, and no environment is open."""
+        return not self._busy and not self._has_environments
+
+    @property
+    def _has_environments(self) -> bool:
+        return self._env_host_kept or (self.env_host is not None and self.env_host.load()[0] > 0)
 
     def active(self) -> Supervisor:
         """Context of a request, which counts as activity while it lasts."""
@@ -236,8 +260,7 @@ class Supervisor:
         Conflict while requests are in progress, and for open environments, whose clients would hang. Unsupported.
         """
         runtime = self._pausing()
-        environments = self._env_host_kept or (self.env_host is not None and self.env_host.load()[0] > 0)
-        if not self.paused and (self._busy or environments):
+        if not self.paused and not self.is_idle:
             what = (f"{self._busy} requests are in progress, such as commands, terminals or followed logs"
                     if self._busy else "it has open environments")  # fmt: skip
             raise Conflict(f"sandbox {self.id} cannot be paused: {what}", sandbox_id=self.id,
@@ -276,7 +299,8 @@ class Supervisor:
         return 0.0 if self._busy or self.paused else time.monotonic() - self._last
 
     async def usage(self) -> Usage | None:
-        return await self.runtime.usage(self.handle) if isinstance(self.runtime, Limits) else None
+        used = await self.runtime.usage(self.handle) if isinstance(self.runtime, Limits) else None
+        return used if self.auto_pause is None else self.auto_pause.report(used)
 
     def describe(self, usage: Usage | None = None) -> NodeSandbox:
         return NodeSandbox(
@@ -370,6 +394,7 @@ class Supervisor:
                 adapter = datasets.adapter_of(self.config.image)
                 host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT, adapter=adapter,
                                lease=self._env_lease)  # fmt: skip
+                host.recorded = bool(self.config.record)
                 if self._env_host_kept:
                     self._env_host_kept = False
                     with contextlib.suppress(NotFound):  # it ended meanwhile
@@ -484,7 +509,12 @@ class Supervisor:
 
     async def _end_tasks(self) -> None:
         self._watch.cancel()
-        await asyncio.gather(self._watch, *self.sessions.cancel_opening(), return_exceptions=True)
+        pausers = [] if self._pauser is None else [self._pauser]
+        for task in pausers:
+            task.cancel()
+        if self.auto_pause is not None:
+            await self.auto_pause.close()
+        await asyncio.gather(self._watch, *pausers, *self.sessions.cancel_opening(), return_exceptions=True)
 
     async def _close_all(self) -> None:
         await self.sessions.close_all()

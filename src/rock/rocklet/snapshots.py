@@ -99,7 +99,7 @@ class Snapshots:
         task = self._taking.get(sandbox_id)
         if task is None:
             # It continues when its client leaves: a switch cannot be cancelled half-way.
-            task = asyncio.create_task(self._take(sandbox, spec), name=f"checkpoint-{sandbox_id}")
+            task = asyncio.create_task(self._taken(sandbox, spec), name=f"checkpoint-{sandbox_id}")
             self._taking[sandbox_id] = task
             task.add_done_callback(lambda _: self._taking.pop(sandbox_id, None))
             return await asyncio.shield(task)
@@ -108,6 +108,10 @@ class Snapshots:
             raise Conflict(f"another snapshot of sandbox {sandbox_id} was being taken", sandbox_id=sandbox_id,
                            hint="retry")  # fmt: skip
         return taken
+
+    async def _taken(self, sandbox: Supervisor, spec: NodeCheckpoint) -> NodeSnapshot:
+        async with sandbox.awake():
+            return await self._take(sandbox, spec)
 
     async def close(self) -> None:
         """Wait for the checkpoints in progress."""
@@ -176,7 +180,8 @@ class Snapshots:
                               hint="use the namespace runtime, or `rock commit`, which makes an image")  # fmt: skip
         if sandbox.paused:
             raise Conflict(f"sandbox {sandbox.id} is paused", sandbox_id=sandbox.id, hint="resume it first")
-        reasons = list(await runtime.refusals(sandbox.handle))
+        async with sandbox.awake():
+            reasons = list(await runtime.refusals(sandbox.handle))
         if not reasons:
             return NodeForkable(memory="processes")
         without = [one.spec.session for one in sandbox.sessions if one.closed is None and not shell_state.carries(one)]

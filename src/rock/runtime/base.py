@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal as signals
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -255,7 +255,7 @@ class FileStat:
 _GIVEN: dict[tuple[type, type], bool] = {}
 
 
-class _Capability(type(Protocol)):  # type: ignore[misc]
+class Capability(type(Protocol)):  # type: ignore[misc]
     """Caches the result of isinstance per class: each create tests many capabilities, and an uncached test takes 10 us.
     The class has no fields because the test would require them of runtimes too."""
 
@@ -268,7 +268,7 @@ class _Capability(type(Protocol)):  # type: ignore[misc]
 
 
 @runtime_checkable
-class Files(Protocol, metaclass=_Capability):
+class Files(Protocol, metaclass=Capability):
     """Access to files inside, without a shell and without any program of the image.
 
     Paths are absolute and resolve inside, so a symbolic link never leads out. `user` is as in Program: the kernel
@@ -324,7 +324,7 @@ class Files(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Ports(Protocol, metaclass=_Capability):
+class Ports(Protocol, metaclass=Capability):
     """Connections to ports inside. The connection is opened inside, so it works without a network too."""
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
@@ -333,7 +333,7 @@ class Ports(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Pauses(Protocol, metaclass=_Capability):
+class Pauses(Protocol, metaclass=Capability):
     """Stops all processes of a sandbox for a while; their memory is kept."""
 
     async def pause(self, handle: Handle) -> None:
@@ -346,7 +346,16 @@ class Pauses(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Listens(Protocol, metaclass=_Capability):
+class Swaps(Protocol, metaclass=Capability):
+    """Moves memory of stopped processes out of the main memory."""
+
+    async def swap_out(self, handle: Handle) -> int:
+        """Swap out what can be swapped out; returns the bytes. Unsupported with the reason where nothing can be."""
+        ...
+
+
+@runtime_checkable
+class Listens(Protocol, metaclass=Capability):
     """Loopback ports inside whose connections the rocklet serves. They need no network, and stay open while the rocklet
     restarts: connections wait until they are accepted."""
 
@@ -366,7 +375,7 @@ class Listens(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Connects(Protocol, metaclass=_Capability):
+class Connects(Protocol, metaclass=Capability):
     """Network "nat": sandboxes reach the destinations that their policy allows, and each attempt is logged."""
 
     async def connections(self, id: str) -> ConnectionList:
@@ -375,7 +384,7 @@ class Connects(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Accelerates(Protocol, metaclass=_Capability):
+class Accelerates(Protocol, metaclass=Capability):
     """Assigns GPUs of this machine to sandboxes."""
 
     def gpus(self) -> tuple[Sequence[str], int]:
@@ -384,14 +393,14 @@ class Accelerates(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Limits(Protocol, metaclass=_Capability):
+class Limits(Protocol, metaclass=Capability):
     """Measured resource usage."""
 
     async def usage(self, handle: Handle) -> Usage: ...
 
 
 @runtime_checkable
-class Watches(Protocol, metaclass=_Capability):
+class Watches(Protocol, metaclass=Capability):
     """The runtime reports its own actions, such as an out-of-memory kill."""
 
     def oom_kills(self, handle: Handle) -> int:
@@ -400,7 +409,7 @@ class Watches(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Keeps(Protocol, metaclass=_Capability):
+class Keeps(Protocol, metaclass=Capability):
     """Retention: the files of a sandbox can outlive it. Used when `config.keeps_files` is set.
 
     A stopped sandbox has no process, memory, cgroup or network, only its files. `destroy` removes the files; `sweep`
@@ -432,7 +441,7 @@ class Keeps(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class Snapshots(Protocol, metaclass=_Capability):
+class Snapshots(Protocol, metaclass=Capability):
     """Reads the files that a sandbox wrote, running or stopped, to make an image from them."""
 
     def image(self, handle: Handle) -> RootFS:
@@ -487,7 +496,7 @@ class MountSource(Protocol):
 
 
 @runtime_checkable
-class Mounts(Protocol, metaclass=_Capability):
+class Mounts(Protocol, metaclass=Capability):
     """The runtime mounts folders of this machine with nosuid and nodev, and ends the sandboxes that write to a volume
     over its limit. Configs with `volumes`, `mounts` or `agents` reach no other runtime."""
 
@@ -511,7 +520,7 @@ class Frozen:
 
 
 @runtime_checkable
-class Forks(Protocol, metaclass=_Capability):
+class Forks(Protocol, metaclass=Capability):
     """Snapshots of running sandboxes, and sandboxes from snapshots (decision 45). `create` with `config.snapshot`
     starts from one; NotFound when it is not here. Snapshots are named by 32 hexadecimal digits."""
 
@@ -544,7 +553,7 @@ class Forks(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class OwnImages(Protocol, metaclass=_Capability):
+class OwnImages(Protocol, metaclass=Capability):
     """The runtime finds and fetches its own images, instead of using the server's store."""
 
     async def has_image(self, config: SandboxConfig) -> bool:
@@ -553,35 +562,4 @@ class OwnImages(Protocol, metaclass=_Capability):
 
     async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
         """Fetch the image according to `config.pull`; calls `tell` with progress text. ImageError."""
-        ...
-
-
-class Prepared(Protocol):
-    """The processes started in a pooled sandbox that is not yet claimed."""
-
-    async def detach(self) -> None:
-        """Detach from the sandbox, which is being removed."""
-        ...
-
-
-@runtime_checkable
-class Resizes(Protocol, metaclass=_Capability):
-    """The runtime has a warm pool of a size that can change."""
-
-    def resize_pool(self, size: int | None) -> None:
-        """Set the number of warm sandboxes for each recently used image; None is that of the settings."""
-        ...
-
-
-@runtime_checkable
-class Pools(Protocol, metaclass=_Capability):
-    """The runtime creates sandboxes in advance, and its user prepares them."""
-
-    prepare: Callable[[Handle], Awaitable[Prepared | None]] | None
-    """Called with each sandbox that is made ahead, under a handle that ends with its claim.
-
-    A RockError says that nothing was started."""
-
-    def prepared(self, handle: Handle) -> Prepared | None:
-        """The result of `prepare` for the sandbox with this handle. The caller owns it afterwards."""
         ...

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rock import settings
-from rock.protocol.owner import NOTE, OWNER_KEY
+from rock.protocol.keys import NOTE, OWNER_KEY
 from rock.protocol.routes import OTHER_KEY
 from rock.sdk.http import Address
 

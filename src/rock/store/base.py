@@ -17,6 +17,8 @@ from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store.access import AccessStore
 from rock.store.configurations import Configurations
 from rock.store.jobs import Jobs
+from rock.store.pools import Pools
+from rock.store.recordings import Recordings
 from rock.store.snapshots import Snapshots
 from rock.store.volumes import Volumes
 
@@ -127,6 +129,12 @@ class Store(Protocol):
 
     @property
     def snapshots(self) -> Snapshots: ...
+
+    @property
+    def pools(self) -> Pools: ...
+
+    @property
+    def recordings(self) -> Recordings: ...
 
     @property
     def configurations(self) -> Configurations: ...

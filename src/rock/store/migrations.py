@@ -202,6 +202,47 @@ SQLITE: tuple[tuple[str, ...], ...] = (
     (  # 11: versions of the live configuration
         "CREATE TABLE configuration (version INTEGER PRIMARY KEY, info TEXT NOT NULL)",
     ),
+    (  # 12: warm pools
+        """CREATE TABLE pool (
+            tenant TEXT NOT NULL,
+            name TEXT NOT NULL,
+            info TEXT NOT NULL,
+            PRIMARY KEY (tenant, name)
+        ) WITHOUT ROWID""",
+    ),
+    (  # 13: recordings
+        """CREATE TABLE recording (
+            sandbox TEXT NOT NULL PRIMARY KEY,
+            entries INTEGER NOT NULL,
+            bytes INTEGER NOT NULL,
+            source TEXT,
+            repeats TEXT,
+            repeated INTEGER NOT NULL,
+            diverged_at INTEGER
+        ) WITHOUT ROWID""",
+        """CREATE TABLE recorded (
+            sandbox TEXT NOT NULL,
+            key TEXT,
+            number INTEGER NOT NULL,
+            at REAL NOT NULL,
+            finished_at REAL,
+            route TEXT NOT NULL,
+            method TEXT NOT NULL,
+            target TEXT NOT NULL,
+            request BLOB,
+            request_type TEXT NOT NULL,
+            request_bytes INTEGER NOT NULL,
+            status INTEGER,
+            response BLOB,
+            response_type TEXT NOT NULL,
+            response_bytes INTEGER NOT NULL,
+            snapshot TEXT,
+            exact INTEGER NOT NULL,
+            memory TEXT NOT NULL,
+            PRIMARY KEY (sandbox, number)
+        )""",
+        "CREATE INDEX recorded_key ON recorded (sandbox, key)",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -356,5 +397,46 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
     ),
     (  # 9: versions of the live configuration, as in SQLite's version 11
         "CREATE TABLE configuration (version bigint PRIMARY KEY, info text NOT NULL)",
+    ),
+    (  # 10: warm pools, as in SQLite's version 12
+        """CREATE TABLE pool (
+            tenant text NOT NULL,
+            name text NOT NULL,
+            info text NOT NULL,
+            PRIMARY KEY (tenant, name)
+        )""",
+    ),
+    (  # 11: recordings, as in SQLite's version 13
+        """CREATE TABLE recording (
+            sandbox text NOT NULL PRIMARY KEY,
+            entries bigint NOT NULL,
+            bytes bigint NOT NULL,
+            source text,
+            repeats text,
+            repeated bigint NOT NULL,
+            diverged_at bigint
+        )""",
+        """CREATE TABLE recorded (
+            sandbox text NOT NULL,
+            key text,
+            number bigint NOT NULL,
+            at double precision NOT NULL,
+            finished_at double precision,
+            route text NOT NULL,
+            method text NOT NULL,
+            target text NOT NULL,
+            request bytea,
+            request_type text NOT NULL,
+            request_bytes bigint NOT NULL,
+            status bigint,
+            response bytea,
+            response_type text NOT NULL,
+            response_bytes bigint NOT NULL,
+            snapshot text,
+            exact bigint NOT NULL,
+            memory text NOT NULL,
+            PRIMARY KEY (sandbox, number)
+        )""",
+        "CREATE INDEX recorded_key ON recorded (sandbox, key)",
     ),
 )

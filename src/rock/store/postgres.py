@@ -48,6 +48,8 @@ from rock.store.base import (
 from rock.store.configurations import PostgresConfigurations
 from rock.store.jobs import PostgresJobs
 from rock.store.migrations import POSTGRES
+from rock.store.pools import PostgresPools
+from rock.store.recordings import PostgresRecordings
 from rock.store.snapshots import PostgresSnapshots
 from rock.store.volumes import PostgresVolumes
 
@@ -101,6 +103,8 @@ class PostgresStore:
         self.workers = PostgresWorkers(self._transaction)
         self.volumes = PostgresVolumes(self._transaction, _text)
         self.snapshots = PostgresSnapshots(self._transaction, _text)
+        self.pools = PostgresPools(self._transaction)
+        self.recordings = PostgresRecordings(self._transaction, _text)
         self.configurations = PostgresConfigurations(self._transaction)
         self.jobs = PostgresJobs(self._transaction)
         self.access = PostgresAccess(self._transaction, _text)

@@ -23,7 +23,7 @@ from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
-from rock.store import access, base, configurations, jobs, snapshots, volumes
+from rock.store import access, base, configurations, jobs, pools, recordings, snapshots, volumes
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -61,20 +61,22 @@ class SqliteStore:
     def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path
         self.reserve: Reserve | None = None  # space for the writes that end sandboxes
-        self.shared = shared  # used by several servers of this machine; a server with all roles has its file to itself
+        self.shared = shared  # used by several servers of this machine
         self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
         self._db: sqlite3.Connection | None = None
-        self._side: sqlite3.Connection | None = None  # the connection of the thread
+        self._side: sqlite3.Connection | None = None  # of the thread
         self._checkpoints: asyncio.Task[None] | None = None
         self._watchers = Watchers()
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
         self.volumes = volumes.SqliteVolumes(self._within)
         self.snapshots = snapshots.SqliteSnapshots(self._within)
+        self.pools = pools.SqlitePools(self._within)
+        self.recordings = recordings.SqliteRecordings(self._within, self._beside)
         self.configurations = configurations.SqliteConfigurations(self._within)
         self.jobs = jobs.SqliteJobs(self._within)
-        self.access = access.SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
+        self.access = access.SqliteAccess(self._within, self._beside)
 
     async def open(self) -> None:
         self._now(self._open)
@@ -191,6 +193,9 @@ class SqliteStore:
 
         return self._now(whole)
 
+    async def _beside(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        return await self._aside(lambda: work(self._open_db_aside))
+
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
@@ -240,9 +245,8 @@ class SqliteStore:
             self._take(record, quota)
             return self._add(record)
 
-    async def insert_group(
-        self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
-    ) -> Sequence[Record]:
+    async def insert_group(self, records: Sequence[Record], quota: Quota | None = None,
+                           whole: bool = True) -> Sequence[Record]:
         self._check_file()
         made: list[Record] = []
         rows: list[tuple[Any, ...]] = []
@@ -386,10 +390,8 @@ class SqliteStore:
         if query.after is not None:
             where.append("(created_at, id) < (?, ?)")
             values += query.after
-        rows = self._open_db_aside.execute(
-            f"{_SELECT} WHERE {' AND '.join(where)} ORDER BY created_at DESC, id DESC LIMIT ?", (*values, query.limit)
-        ).fetchall()
-        return [_load(row) for row in rows]
+        text = f"{_SELECT} WHERE {' AND '.join(where)} ORDER BY created_at DESC, id DESC LIMIT ?"
+        return [_load(row) for row in self._open_db_aside.execute(text, (*values, query.limit)).fetchall()]
 
     async def count(self, tenant: str | None = None) -> dict[str, int]:
         text = "SELECT state, count(*) FROM sandbox WHERE ? IS NULL OR tenant = ? GROUP BY state"
@@ -404,12 +406,10 @@ class SqliteStore:
     async def prune(self, before: float) -> int:
         removed = 0
         while True:
-            done = self._now(
-                self._open_db.execute,
-                "DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state IN (?, ?) AND stopped_at < ? "
-                f"AND coalesce(json_extract(info, '$.deleted_at'), 0) < ? AND NOT ({_LEFT}) LIMIT ?)",
-                (State.STOPPED.value, State.DELETED.value, before, before, _PRUNED_AT_ONCE),
-            )
+            text = ("DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state IN (?, ?) AND stopped_at < ? "
+                    f"AND coalesce(json_extract(info, '$.deleted_at'), 0) < ? AND NOT ({_LEFT}) LIMIT ?)")
+            values = State.STOPPED.value, State.DELETED.value, before, before, _PRUNED_AT_ONCE
+            done = self._now(self._open_db.execute, text, values)
             removed += done.rowcount
             if done.rowcount < _PRUNED_AT_ONCE:
                 return removed

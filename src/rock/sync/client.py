@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import orjson
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.keys import AuditEntry, AuditList, CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo, VolumeInfo, VolumeList, WorkerInfo, WorkerList
+from rock.protocol.pools import PoolInfo, PoolList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
 from rock.protocol.snapshots import SnapshotInfo, SnapshotList
@@ -155,6 +156,26 @@ class Client(primitives.Face):
         """Delete a snapshot; its files stay while sandboxes or other snapshots use them. NotFound."""
         target = ROUTES["delete_snapshot"].url(snapshot=snapshot) + query_string({"tenant": tenant})
         return parse(SnapshotInfo, self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
+
+    def set_pool(self, name: str, *, image: str | None = None, snapshot: str | None = None, memory: str = "8g",
+                       network: Literal["none", "nat"] = "none", minimum: int = 1, maximum: int = 8,
+                       tenant: str | None = None) -> PoolInfo:
+        """Define a warm pool of an image or a snapshot, or replace its definition. memory, network: of the sandboxes
+        that will use it. minimum, maximum: number of unclaimed sandboxes on each worker; between them it follows the
+        recent demand. InvalidConfig, NotFound, QuotaExceeded."""
+        body = {"image": image, "snapshot": snapshot, "memory": memory, "network": network, "minimum": minimum,
+                "maximum": maximum}
+        target = ROUTES["set_pool"].url(pool=name) + query_string({"tenant": tenant})
+        return parse(PoolInfo, self.transport.json("PUT", target, body))
+
+    def list_pools(self) -> list[PoolInfo]:
+        """Warm pools with their states, by name; for the owner of the server those of all tenants."""
+        return parse(PoolList, self.transport.json("GET", ROUTES["list_pools"].path)).items
+
+    def delete_pool(self, name: str, *, tenant: str | None = None) -> PoolInfo:
+        """Delete a warm pool; its unclaimed sandboxes end. NotFound."""
+        target = ROUTES["delete_pool"].url(pool=name) + query_string({"tenant": tenant})
+        return parse(PoolInfo, self.transport.json("DELETE", target))
 
     def list_envs(self) -> list[dict[str, Any]]:
         """Environments that can be made."""

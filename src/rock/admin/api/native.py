@@ -31,6 +31,8 @@ from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, runs, sandbox
 from rock.protocol import configuration as live_messages
 from rock.protocol import jobs as job_messages
+from rock.protocol import pools as pool_messages
+from rock.protocol import recordings as recording_messages
 from rock.protocol import snapshots as snapshot_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
@@ -73,6 +75,8 @@ def build(
     _sandboxes(app, tenant_services)
     _volumes(app, tenant_services)
     snapshots.add_routes(app, tenant_services)
+    snapshots.add_pool_routes(app, tenant_services)
+    snapshots.add_recording_routes(app, tenant_services)
     jobs.add_routes(app, service.store.jobs)
     _keys(app, keys)
     _environments(app, envs)
@@ -218,7 +222,8 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys, runs, job_messages, snapshot_messages, live_messages)
+        for module in (sandbox, action, env, node, keys, runs, job_messages, snapshot_messages, pool_messages,
+                       recording_messages, live_messages)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

@@ -1,21 +1,23 @@
-"""Routes of the snapshots of a tenant; those of a sandbox are in sandboxes.py."""
+"""Routes of the snapshots, recordings and warm pools of a tenant; those of a sandbox are in sandboxes.py."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel
 
 from rock.admin.tenants import TenantServices
+from rock.protocol.pools import PoolInfo, PoolList, SetPool
+from rock.protocol.recordings import RecordedEntries, RecordingInfo, RepeatRecording
 from rock.protocol.routes import ROUTES
 from rock.protocol.snapshots import SnapshotInfo, SnapshotList
 
 
-def _row(name: str, model: type[BaseModel]) -> dict[str, Any]:
+def _row(name: str, model: type[BaseModel], tag: str = "snapshots") -> dict[str, Any]:
     row = ROUTES[name]
-    return {"path": row.path, "summary": row.summary, "response_model": model, "tags": ["snapshots"]}
+    return {"path": row.path, "summary": row.summary, "response_model": model, "tags": [tag]}
 
 
 def _json(model: BaseModel) -> Response:
@@ -38,3 +40,39 @@ def add_routes(app: FastAPI, tenant_services: TenantServices) -> None:
     async def delete_snapshot(request: Request, snapshot: str, tenant: str = "") -> Response:
         """Delete a snapshot. `tenant`: as of get_snapshot."""
         return _json(await tenant_services(request.scope).delete_snapshot(snapshot, tenant))
+
+
+def add_pool_routes(app: FastAPI, tenant_services: TenantServices) -> None:
+    @app.get(**_row("list_pools", PoolList, "pools"))
+    async def list_pools(request: Request) -> Response:
+        """Pools with their states, by name; for the server's owner those of all tenants."""
+        return _json(PoolList(items=list(await tenant_services(request.scope).list_pools())))
+
+    @app.put(**_row("set_pool", PoolInfo, "pools"))
+    async def set_pool(request: Request, pool: str, spec: SetPool, tenant: str = "") -> Response:
+        """Define a pool, or replace its definition. `tenant`: its tenant, for the server's owner alone."""
+        return _json(await tenant_services(request.scope).set_pool(pool, spec, tenant))
+
+    @app.delete(**_row("delete_pool", PoolInfo, "pools"))
+    async def delete_pool(request: Request, pool: str, tenant: str = "") -> Response:
+        """Delete a pool and its unclaimed sandboxes. `tenant`: as of set_pool."""
+        return _json(await tenant_services(request.scope).delete_pool(pool, tenant))
+
+
+def add_recording_routes(app: FastAPI, tenant_services: TenantServices) -> None:
+    @app.get(**_row("get_recording", RecordingInfo, "recordings"))
+    async def get_recording(request: Request, sandbox_id: str) -> Response:
+        """The recording of a sandbox with record=True, also after its end."""
+        return _json(await tenant_services(request.scope).recording(sandbox_id))
+
+    @app.get(**_row("list_recorded", RecordedEntries, "recordings"))
+    async def list_recorded(
+        request: Request, sandbox_id: str, after: Annotated[int, Query(ge=0, le=1 << 53)] = 0
+    ) -> Response:
+        """Entries in order, those above `after`."""
+        return _json(await tenant_services(request.scope).recorded(sandbox_id, after))
+
+    @app.put(**_row("repeat_recording", RecordingInfo, "recordings"))
+    async def repeat_recording(request: Request, sandbox_id: str, spec: RepeatRecording) -> Response:
+        """Answer the clients of a sandbox from a recording as long as they repeat its requests in order."""
+        return _json(await tenant_services(request.scope).repeat_recording(sandbox_id, spec.source))

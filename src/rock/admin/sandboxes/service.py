@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rock import faults
+from rock.admin.pools import Pools
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.commits import Commits
 from rock.admin.sandboxes.environment_hosts import EnvironmentHosts
@@ -69,6 +70,7 @@ class Service:
         self.commits = Commits(self.records, workers, archive_limit)
         self.groups = Groups(store, self.placer, self.start_tasks, self.archive.check, self.resolve, self.stop)
         self.snapshots = Snapshots(store, self.records, workers, self.groups, snapshot_ttl)
+        self.pools = Pools(store, workers, self.snapshots)
         self.envs = EnvironmentHosts(store, workers, self.placer, started, self.insert)
         # called with an id before a pause, and after a resume or a failed pause
         self.on_pausing: list[Callable[[str], Awaitable[None]]] = []

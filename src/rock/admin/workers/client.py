@@ -31,6 +31,7 @@ from rock.protocol.node import (
     NodeVolume,
     NodeVolumes,
 )
+from rock.protocol.pools import NodePools, NodePoolStates
 from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
 from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
@@ -113,6 +114,14 @@ class Worker(Protocol):
 
     async def configure(self, spec: NodeConfiguration) -> NodeConfiguration:
         """Apply a version of the live configuration; returns the version that it applies now."""
+        ...
+
+    async def pools(self) -> NodePoolStates:
+        """The states of its defined pools."""
+        ...
+
+    async def define_pools(self, spec: NodePools) -> NodePoolStates:
+        """Set all its pools. Idempotent."""
         ...
 
     async def snapshots(self) -> NodeSnapshots: ...
@@ -298,6 +307,15 @@ class WireWorker:
 
     async def configure(self, spec: NodeConfiguration) -> NodeConfiguration:
         return await self._call(NodeConfiguration, "node_configure", "", spec.model_dump(mode="json"))
+
+    async def pools(self) -> NodePoolStates:
+        return await self._call(NodePoolStates, "node_pools")
+
+    async def define_pools(self, spec: NodePools) -> NodePoolStates:
+        pools = [{**pool.model_dump(mode="json", exclude={"config"}), "config": orjson.loads(travelling(pool.config))}
+                 for pool in spec.pools]  # fmt: skip
+        body = {"pools": pools, "budget": spec.budget}
+        return await self._call(NodePoolStates, "node_define_pools", "", body)
 
     async def snapshots(self) -> NodeSnapshots:
         return await self._call(NodeSnapshots, "node_snapshots")

@@ -64,6 +64,9 @@ sandbox_options = options(
     click.option("--volume", metavar="NAME:PATH[:ro]", multiple=True,
                  help="Mount a volume (`rock volume`). Repeatable."),
     click.option("--snapshot", metavar="SNAPSHOT", help="Start from a snapshot of IMAGE (`rock checkpoint`)."),
+    click.option("--auto-pause", type=float, metavar="SECONDS",
+                 help="Stop its processes after so long without a request, until the next one."),
+    click.option("--record", is_flag=True, help="Record all requests with their results (`rock log`, `rock replay`)."),
     click.option("--mount", metavar="HOST:PATH", multiple=True,
                  help="Mount a folder of the server's machine read-only, where its owner permits it. Repeatable."),
     click.option("--disk", metavar="SIZE", help="Limit of the written files; none by default."),
@@ -174,7 +177,7 @@ def run(
     cpus: float, network: str | None, egress: tuple[str, ...], publish: tuple[str, ...], volume: tuple[str, ...],
     mount: tuple[str, ...], disk: str | None, gpus: float | None, runtime: str | None, isolation: str | None,
     idle_timeout: int | None, max_lifetime: float | None, retain: int | None, entrypoint: bool, remove: bool,
-    keep: bool, snapshot: str | None,
+    keep: bool, snapshot: str | None, record: bool, auto_pause: float | None,
 ) -> int:  # fmt: skip
     """Run a program in a new sandbox.
 
@@ -201,7 +204,7 @@ def run(
         env=variables(env, lone=True), network=network, egress=list(egress) or None, volumes=_volumes(volume) or None,
         mounts=_mounts(mount) or None, disk=disk, num_gpus=gpus, runtime=runtime, isolation=isolation,
         auto_clear_seconds=0 if detach and idle_timeout is None else idle_timeout, timeout=max_lifetime,
-        auto_delete_seconds=retain, snapshot=snapshot,
+        auto_delete_seconds=retain, snapshot=snapshot, record=record or None, auto_pause=auto_pause,
     )  # fmt: skip
     with busy(f"starting a sandbox of {image}"):
         sandbox.start()

@@ -50,6 +50,7 @@ from rock.protocol.node import (
     NodeVolumes,
     WorkerInfo,
 )
+from rock.protocol.pools import NodePools, NodePoolStates
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
 from rock.proxy.app import Proxy, is_data
@@ -405,6 +406,12 @@ class LocalWorker:
 
     async def configure(self, spec: NodeConfiguration) -> NodeConfiguration:
         return await self._node.configuration.configure(spec)
+
+    async def pools(self) -> NodePoolStates:
+        return self._node.pools.states()
+
+    async def define_pools(self, spec: NodePools) -> NodePoolStates:
+        return await self._node.pools.define(spec)
 
     async def snapshots(self) -> NodeSnapshots:
         return self._node.snapshots.inventory()

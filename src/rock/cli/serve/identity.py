@@ -12,8 +12,8 @@ from typing import Any
 from rock.admin.sandboxes.lifecycle import new_info
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.host import atomic_file
+from rock.protocol.keys import RESTORED, STORE_NOTE
 from rock.protocol.node import VolumeInfo
-from rock.protocol.owner import RESTORED, STORE_NOTE
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.rocklet.node import Node
 from rock.store.base import Record, Store

@@ -14,17 +14,24 @@ from rock.errors import ClientError, Expired, InvalidConfig, NotHere, RockError,
 from rock.http.asgi import (
     JSON_OBJECT,
     Answer,
+    Found,
     Handler,
+    Receive,
     Request,
     Router,
+    Scope,
+    Send,
     SocketHandler,
     answer,
     answer_model,
+    deny,
+    failure,
     validate,
 )
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.configuration import NodeConfiguration
 from rock.protocol.node import NodeCommit, NodeVolume, ProcessList, SessionList, WorkerImage
+from rock.protocol.pools import NodePools
 from rock.protocol.route import SANDBOX, Route
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
@@ -85,6 +92,8 @@ class Api:
             "node_create_volume",
             "node_delete_volume",
             "node_configure",
+            "node_pools",
+            "node_define_pools",
             "node_snapshots",
             "node_checkpoint",
             "node_forkable",
@@ -362,6 +371,12 @@ class Api:
     async def node_configure(self, request: Request) -> Answer:
         return answer_model(await self.node.configuration.configure(await request.model(NodeConfiguration)))
 
+    async def node_pools(self, request: Request) -> Answer:
+        return answer_model(self.node.pools.states())
+
+    async def node_define_pools(self, request: Request) -> Answer:
+        return answer_model(await self.node.pools.define(await request.model(NodePools)))
+
     async def node_snapshots(self, request: Request) -> Answer:
         return answer_model(self.node.snapshots.inventory())
 
@@ -455,6 +470,22 @@ class SandboxRouter(Router):
         if route.plane == "data" and route.path.startswith(SANDBOX) and route.method not in ("WEBSOCKET", "ANY"):
             handler = self._told(handler)  # type: ignore[arg-type]
         super().add(route, handler)
+
+    async def serve(self, found: Found | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """As of Router; a sandbox that was paused because it was idle is continued first."""
+        supervisor = None
+        if found is not None and found[2].plane == "data":
+            supervisor = self._node.supervisors.get(found[1].get("sandbox_id", ""))
+        if supervisor is None or supervisor.auto_pause is None:
+            await super().serve(found, scope, receive, send)
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(supervisor.awake())
+            except RockError as error:
+                await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
+                return
+            await super().serve(found, scope, receive, send)
 
     def _told(self, handler: Handler) -> Handler:
         async def told(request: Request) -> Answer:

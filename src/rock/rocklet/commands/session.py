@@ -184,6 +184,10 @@ class Session:
         """Detach from the shell and leave it running, for the next rocklet process."""
         await self._interpreter.detach()
 
+    async def discard(self) -> None:
+        """Release its resources: its sandbox is being removed."""
+        await self._interpreter.release()
+
     def pause(self) -> None:
         """Pause reading its output: the streaming client is slow, and the program has to wait."""
         self._interpreter.process.pause()

@@ -55,6 +55,7 @@ class EnvHost:
         self._exchange = Exchange(handle.id, timeout, lease)
         self._next_env = 1
         self._forks = False
+        self.recorded = False  # whether all requests have to pass the proxy
         self.pipe_lending = PipeLending(self._exchange)
 
     # ---- start and end ----

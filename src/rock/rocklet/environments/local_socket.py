@@ -88,7 +88,9 @@ class LocalSocket:
     def way(self, host: EnvHost, number: int) -> Door | None:
         """The address of the local socket for an environment; None when its pipes cannot be lent."""
         token = host.pipe_lending.token_of(number)
-        return None if self._socket is None or token is None else Door(path=str(self.path), token=token)
+        if self._socket is None or token is None or host.recorded:
+            return None
+        return Door(path=str(self.path), token=token)
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work, name="env-socket")

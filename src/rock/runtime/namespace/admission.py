@@ -90,16 +90,18 @@ _MOST_SHARED = 2 << 30
 
 @dataclass(frozen=True)
 class Kind:
-    """The properties that the members of one pool share."""
+    """The properties that the members of one pool share. snapshot: id, or ""."""
 
     rootfs: RootFS = field(compare=False, hash=False)
     digest: str
     network: Literal["none", "nat", "bridge", "host"]
     shared: int
+    snapshot: str = ""
 
     @classmethod
     def of(cls, rootfs: RootFS, config: SandboxConfig) -> Kind:
-        return cls(rootfs, rootfs.digest, config.network, config.shm_bytes or _shared_memory(config.memory_bytes))
+        return cls(rootfs, rootfs.digest, config.network, config.shm_bytes or _shared_memory(config.memory_bytes),
+                   config.snapshot or "")
 
 
 def _shared_memory(memory: int) -> int:

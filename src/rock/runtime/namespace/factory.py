@@ -1,19 +1,14 @@
-"""Creates sandboxes: the run folder, the uid range, the image lease, the launcher request, and the warm pool.
-
-`Pool` prepares complete sandboxes for recently used images; a claim sets only limits and name. A claim never waits:
-when the pool is empty, the caller creates a sandbox."""
+"""Creates sandboxes: the run folder, the uid range, the image lease, the launcher request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import logging
 import os
-from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rock import errors, faults
 from rock.host.atomic_file import not_started
@@ -28,7 +23,6 @@ from rock.runtime.namespace.admission import Kind
 from rock.runtime.namespace.launcher import isolated_network
 from rock.runtime.namespace.limits.disk_watch import Disks
 from rock.runtime.namespace.slots import Sandbox, Slots
-from rock.telemetry.metrics import REGISTRY
 
 _LEASE_KEPT = 2.0  # seconds
 _SPARES = 8  # run folders and user namespaces that are prepared in advance
@@ -186,116 +180,3 @@ class Factory:
 def _folder_spec(mount: FolderMount) -> dict[str, Any]:
     return {"root": mount.root, "path": mount.path, "target": mount.target, "read_only": mount.read_only,
             "volume": bool(mount.volume), "identity": mount.identity}
-
-
-# ---- warm pool ----
-
-_IMAGES = 4
-_PAUSE_AFTER_FAILURE = 5.0  # seconds
-_PAUSE_AFTER_CLAIM = 0.03  # seconds, extended by each further claim at most so many times:
-_MOST_PAUSES = 5
-
-Member = TypeVar("Member")
-Key = TypeVar("Key")
-log = logging.getLogger(__name__)
-CLAIMS = REGISTRY.counter("rock_pool_claims_total", "Sandboxes asked of the warm pool: hit or miss", "outcome")
-
-
-class Pool(Generic[Key, Member]):
-    """`size` members for each of the most recently used keys. make: prepares one; drop: destroys one."""
-
-    def __init__(self, size: int, make: Callable[[Key], Awaitable[Member]],
-                 drop: Callable[[Member], Coroutine[Any, Any, None]], alive: Callable[[Member], bool]) -> None:
-        self._size = self._usual = size
-        self._make = make
-        self._drop = drop
-        self._alive = alive
-        self._ready: OrderedDict[Key, deque[Member]] = OrderedDict()
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._dropping: set[asyncio.Task[None]] = set()
-
-    def claim(self, key: Key) -> Member | None:
-        """A ready member, or None; triggers a refill in the background."""
-        if self._size <= 0:
-            return None
-        ready = self._ready.setdefault(key, deque())
-        self._ready.move_to_end(key)
-        self._wake.set()
-        if self._task is None:
-            self._task = asyncio.create_task(self._refill(), name="namespace pool")
-        while ready:
-            member = ready.popleft()
-            if self._alive(member):
-                CLAIMS.of("hit").add()
-                return member
-            self._dispose(member)
-        CLAIMS.of("miss").add()
-        return None
-
-    def resize(self, size: int | None) -> None:
-        """Change the number of members for each key from now on; None is the first one."""
-        self._size = self._usual if size is None else size
-        for members in self._ready.values():
-            while len(members) > max(0, self._size):
-                self._dispose(members.pop())
-        self._wake.set()
-
-    def _dispose(self, member: Member) -> None:
-        """Destroy a member in the background."""
-        task = asyncio.create_task(self._drop(member), name="namespace pool: an unused member")
-        self._dropping.add(task)
-        task.add_done_callback(self._dropping.discard)
-
-    @property
-    def ready(self) -> int:
-        """The number of ready members."""
-        return sum(len(members) for members in self._ready.values())
-
-    async def close(self) -> None:
-        """Stop the refill and destroy the ready members."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-        members = [member for ready in self._ready.values() for member in ready]
-        self._ready.clear()
-        await self._discard(members)
-        await asyncio.gather(*self._dropping, return_exceptions=True)
-
-    async def _refill(self) -> None:
-        while True:
-            await self._wake.wait()
-            await self._calm()
-            while len(self._ready) > _IMAGES:
-                _, old = self._ready.popitem(last=False)
-                await self._discard(list(old))
-            while (key := self._missing()) is not None:
-                try:
-                    member = await self._make(key)
-                except errors.RockError as error:
-                    log.warning("the warm pool could not make a sandbox: %s", error)
-                    await asyncio.sleep(_PAUSE_AFTER_FAILURE)
-                    break
-                if key in self._ready:
-                    self._ready[key].append(member)
-                else:
-                    await self._discard([member])
-
-    async def _calm(self) -> None:
-        """Wait for a pause between claims: creating a sandbox takes a CPU for 10 ms."""
-        for _ in range(_MOST_PAUSES):
-            self._wake.clear()
-            await asyncio.sleep(_PAUSE_AFTER_CLAIM)
-            if not self._wake.is_set():
-                return
-
-    def _missing(self) -> Key | None:
-        for key, ready in reversed(self._ready.items()):
-            if len(ready) < self._size:
-                return key
-        return None
-
-    async def _discard(self, members: list[Member]) -> None:
-        for member in members:
-            await self._drop(member)

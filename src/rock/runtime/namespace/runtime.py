@@ -15,25 +15,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rock import errors
+from rock.guest.init import process_tree
+from rock.host import swapping
 from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
-from rock.runtime.base import FolderMount, Frozen, Handle, Liveness, MountSource, Prepared, Program, Trait
+from rock.runtime.base import FolderMount, Frozen, Handle, Liveness, MountSource, Program, Trait
 from rock.runtime.init.files import InitSandboxes
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import admission, retained
 from rock.runtime.namespace.admission import Kind
 from rock.runtime.namespace.egress_sockets import EgressSockets
-from rock.runtime.namespace.factory import Factory, Pool, RetainedFiles
+from rock.runtime.namespace.factory import Factory, RetainedFiles
 from rock.runtime.namespace.launcher import userns
 from rock.runtime.namespace.launcher.link import LaunchLink
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
 from rock.runtime.namespace.limits.limiter import MemoryWatch
+from rock.runtime.namespace.pools import Pool
 from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
 from rock.runtime.namespace.slots import Sandbox, Slots
 from rock.runtime.namespace.snapshots import Snapshots
+from rock.runtime.pools import PoolState, PoolTarget, Prepared
 from rock.runtime.process.runtime import wait_gone
 
 
@@ -78,6 +82,7 @@ class NamespaceRuntime(InitSandboxes):
         self.mount_source: MountSource | None = None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
+        self._shared_pools: dict[str, str] = {}  # names of pools that have the members of another one
         self.isolation = Isolation.NAMESPACES
         self.prepare: Callable[[Handle], Awaitable[Prepared | None]] | None = None
 
@@ -143,8 +148,31 @@ class NamespaceRuntime(InitSandboxes):
         made = await self._factory.make("", Kind.of(RootFS("probe", (str(layer),)), config), config)
         await self._slots.discard(made)
 
+    # ---- pools ----
+
     def resize_pool(self, size: int | None) -> None:
         self._pool.resize(size)
+
+    async def define_pools(self, targets: Sequence[PoolTarget], budget: int) -> Mapping[str, PoolState]:
+        wanted: dict[Kind, tuple[str, int, int]] = {}
+        failed: dict[str, PoolState] = {}
+        self._shared_pools = {}
+        for one in targets:
+            try:
+                kind = await self._admit(one.config)
+            except errors.RockError as error:
+                failed[one.name] = PoolState(error=error.message)
+                continue
+            name, minimum, maximum = wanted.get(kind, (one.name, one.minimum, one.maximum))
+            wanted[kind] = name, max(minimum, one.minimum), max(maximum, one.maximum)
+            if name != one.name:
+                self._shared_pools[one.name] = name
+        self._pool.define(wanted, budget)
+        return {**self.pool_states(), **failed}
+
+    def pool_states(self) -> Mapping[str, PoolState]:
+        found = self._pool.states()
+        return found | {name: found[of] for name, of in self._shared_pools.items() if of in found}
 
     async def close(self) -> None:
         await self._watch.close()
@@ -201,8 +229,8 @@ class NamespaceRuntime(InitSandboxes):
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         kind = await self._admit(config)
         special = config.disk is not None or config.nofile is not None or config.shm_size is not None \
-            or config.has_mounts or config.snapshot is not None
-        sandbox = None if special else self._pool.claim(kind)
+            or config.has_mounts
+        sandbox = None if special else self._pool.claim(kind, recent=config.snapshot is None)
         if sandbox is not None:
             try:
                 self._slots.limiter.apply(sandbox.slot, sandbox.pid, config, _POOL)
@@ -210,13 +238,13 @@ class NamespaceRuntime(InitSandboxes):
                 await self._slots.discard(sandbox)
                 raise errors.StartFailed(f"the limits of the sandbox cannot be set: {error}", sandbox_id=id,
                                          hint="check the cgroups of the worker with `rock doctor`") from None
+        elif config.snapshot is None:
+            sandbox = await self._made(id, kind, config)
         else:
-            if config.snapshot is None:
-                sandbox = await self._made(id, kind, config)
-            else:
-                found = self._snapshots.get(config.snapshot)
-                sandbox = await self._made(id, kind, config, layers=found.layers, identity=found.identity)
-                await self._copy(sandbox, id, config.snapshot)
+            found = self._snapshots.get(config.snapshot)
+            sandbox = await self._made(id, kind, config, layers=found.layers, identity=found.identity)
+        if config.snapshot is not None:
+            await self._copy(sandbox, id, config.snapshot)
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
         if config.network == "nat":
             try:
@@ -260,6 +288,10 @@ class NamespaceRuntime(InitSandboxes):
         """Create a pool member: everything but its limits and its name."""
         config = _POOL.model_copy(update={"network": kind.network})
         # Without a sandbox's id: a claim stores it in a handle, and the sweep removes unclaimed members.
+        if kind.snapshot:  # its sessions and processes start with the claim
+            admission.refuse_too_large(config)
+            found = self._snapshots.get(kind.snapshot)
+            return await self._made("", kind, config, layers=found.layers, identity=found.identity)
         sandbox = await self._factory.make("", kind, config)
         try:
             if self.prepare is not None:
@@ -320,6 +352,13 @@ class NamespaceRuntime(InitSandboxes):
             upper = f"{self._run_dir}/{handle.data['slot']}/upper"
             used.disk_bytes = await asyncio.to_thread(disk_layout.written, upper)
         return used
+
+    async def swap_out(self, handle: Handle) -> int:
+        def work() -> int:
+            tree = process_tree.descendants(process_tree.scan(), handle.data["pid"])
+            return swapping.swap_out([entry.pid for entry in tree if entry.alive])
+
+        return await asyncio.to_thread(work)
 
     def oom_kills(self, handle: Handle) -> int:
         return self._slots.oom_kills(handle)
@@ -396,7 +435,9 @@ class NamespaceRuntime(InitSandboxes):
 
     def snapshots(self) -> Mapping[str, Sequence[str]]:
         names = {slot: id for id, slot in self._slots.slot_of.items()}
-        return {one: [names.get(slot, slot) for slot in slots] for one, slots in self._snapshots.users().items()}
+        unclaimed = {member.slot for member in self._pool.members()}
+        return {one: [names.get(slot, slot) for slot in slots if slot not in unclaimed]
+                for one, slots in self._snapshots.users().items()}  # fmt: skip
 
     async def drop_snapshot(self, snapshot_id: str) -> bool:
         return await self._snapshots.drop(snapshot_id)

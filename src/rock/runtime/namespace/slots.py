@@ -17,7 +17,7 @@ from typing import Any
 from rock import errors
 from rock.guest.init import process_tree
 from rock.guest.init.remove import remove_tree
-from rock.runtime.base import Handle, MountSource, Prepared
+from rock.runtime.base import Handle, MountSource
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import records
 from rock.runtime.namespace.egress_sockets import EgressSockets
@@ -25,6 +25,7 @@ from rock.runtime.namespace.launcher import mounts
 from rock.runtime.namespace.launcher.link import LaunchLink
 from rock.runtime.namespace.limits import cgroups, devices, disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Held
+from rock.runtime.pools import Prepared
 from rock.runtime.process.runtime import wait_gone
 
 # ---- teardown: end a sandbox from outside; safe on incomplete and on dead ones ----
@@ -276,7 +277,7 @@ class Slots:
     async def discard(self, sandbox: Sandbox) -> None:
         """Remove all resources of a sandbox without a handle."""
         if sandbox.prepared is not None:
-            await sandbox.prepared.detach()
+            await sandbox.prepared.discard()
         await self.clean_up(sandbox.slot, sandbox.pid, sandbox.start, sandbox.base, sandbox.folders)
 
     async def clean_up(self, slot: str, pid: int | None, start: int | None, base: int | None,

@@ -65,6 +65,8 @@ class SandboxOptions(ConnectOptions, total=False):
     mounts: host folders by the path inside, read-only: {"/srv": "/srv/datasets"}. The owner of the server lists the
     allowed folders in ROCK_HOST_MOUNTS.
     snapshot: id or name of a snapshot to start from (`Sandbox.checkpoint`); its image is the snapshot's.
+    auto_pause: seconds without a request after which its processes stop until the next request.
+    record: record every command, file write and environment step, for `Sandbox.replay`.
     agents: agents to mount, like ["claude-code"], for `run_agent`. The worker installs missing ones.
     pull: "missing", "always" or "never". public_registries: pull only from public and listed registries.
     registry_username, registry_password: login for the image's registry.
@@ -103,6 +105,8 @@ class SandboxOptions(ConnectOptions, total=False):
     mounts: Mapping[str, str]
     agents: list[str]
     snapshot: str
+    record: bool
+    auto_pause: float
     pull: Literal["missing", "always", "never"]
     public_registries: bool
     registry_username: str | None

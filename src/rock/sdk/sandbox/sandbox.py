@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, Unpack, overload
 from rock import errors
 from rock.agents import Recipe
 from rock.protocol.action import BashAction, BashObservation, CommandResponse, ConnectionList, GroupInfo
+from rock.protocol.recordings import RecordedEntry
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State, Usage
 from rock.protocol.snapshots import Forkable, ForkResult, Mechanism, Memory, SnapshotInfo
@@ -41,6 +42,7 @@ from rock.sdk.sandbox.options import (
     reach_of,
 )
 from rock.sdk.sandbox.processes import TIMEOUT
+from rock.sdk.sandbox.replay import NO_START, Recording, Replayed, read_entries
 from rock.sdk.sandbox.rock_methods import RockMethods
 from rock.sdk.sandbox.runs import Run, Runs
 from rock.sdk.sandbox.sessions import DEFAULT
@@ -86,6 +88,7 @@ class Sandbox(RockMethods):
     ) -> None:
         super().__init__(config_of(SandboxConfig, image, config, options))
         self.agent = RockAgent(self)
+        self.replayed: Replayed | None = None
 
     def _repr_html_(self) -> str:
         return html_table({"sandbox": self.sandbox_id or "not started", "image": self.config.image, "server": self.url})
@@ -98,6 +101,46 @@ class Sandbox(RockMethods):
         """An existing sandbox by its id or name. NotFound."""
         sandbox = cls(SandboxConfig(**reach_of(options, "connect")))
         return await sandbox.attach(id_or_name)
+
+    @classmethod
+    async def replay(cls, run_id: str, /, *, repeat: bool = False, **options: Unpack[ConnectOptions]) -> Self:
+        """A new sandbox with the state of a recorded one (`record=True`), on any worker, by its id; `replayed` of the
+        result reports what was done. It starts from the newest snapshot that is available, and the requests after it
+        are sent again.
+
+        repeat: requests to the new sandbox that are equal to the recorded ones, in their order, get the recorded
+        responses and are not executed; the first one that differs ends this. So a client can run its program again from
+        the beginning. NotFound, Conflict; errors of `start`.
+        """
+        reach = reach_of(options, "replay")
+        recording = Recording(transport_of(SandboxConfig(**reach)), run_id)
+        await recording.load()
+        report = Replayed(run_id)
+        begins = recording.begins()
+        while True:
+            config, skip = begins.pop(0)
+            sandbox = cls(config.model_copy(update=reach))
+            report.snapshot = config.snapshot
+            try:
+                await sandbox.start()
+                break
+            except NO_START:
+                if not begins:
+                    raise
+        try:
+            await recording.replay(sandbox._id(), skip, report)
+            if repeat:
+                target = ROUTES["repeat_recording"].url(sandbox_id=sandbox._id())
+                await sandbox._transport.json("PUT", target, {"source": run_id})
+        except BaseException:
+            await primitives.settle(sandbox.stop, CLEAN_UP)
+            raise
+        sandbox.replayed = report
+        return sandbox
+
+    async def log(self) -> list[RecordedEntry]:
+        """The entries of its recording (`record=True`), also after its end. NotFound without a recording."""
+        return await read_entries(self._transport, self._id())
 
     # ---- runs of agents
 

@@ -1,0 +1,246 @@
+"""The recording of sandboxes with `record=True`: requests and responses on their way through the proxy (decision 58).
+
+    request ─► entry without response ─► worker ─► entry with response ─► response to the client
+
+A client has a response only if the recording has it too. A request with the idempotency key of a recorded one gets the
+recorded response. While a sandbox repeats another recording, requests that are equal to its next entry get the response
+of that entry, and the worker gets nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from base64 import b64decode, b64encode
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from rock import faults
+from rock.errors import DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, StartFailed, Unavailable
+from rock.http.asgi import Answer, App, Receive, Router, Scope, Send, failure
+from rock.protocol.recordings import (
+    LARGEST_REQUEST,
+    LARGEST_RESPONSE,
+    OPAQUE,
+    PAGE,
+    READS,
+    REPLAYED,
+    RecordedEntry,
+    canonical,
+    replay_key,
+    without_id,
+)
+from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
+from rock.store.base import Store
+from rock.store.recordings import opened
+
+_REMEMBERED = 20_000
+_TYPE = b"content-type"
+_KEPT = frozenset({_TYPE, b"x-rock-error", b"x-rock-start", b"x-rock-next", b"x-rock-running"})  # headers of responses
+_LONGEST_KEY = 300
+# Errors of requests that were not served, or not to their end: an entry without a response is sent again by a replay.
+_NOT_DONE = frozenset(kind.code.encode() for kind in (
+    DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, StartFailed, Unavailable))  # fmt: skip
+
+
+class Recorder:
+    """Records what passes for recorded sandboxes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._known: OrderedDict[str, bool] = OrderedDict()
+        self._repeats: dict[str, _Repeat] = {}
+        self._rows = Router("recorded")
+        for route in ROUTES.values():
+            if route.plane == "data":
+                self._rows.add(route, _nowhere)
+
+    async def records(self, sandbox_id: str) -> bool:
+        """Whether requests to a sandbox are recorded."""
+        known = self._known.get(sandbox_id)
+        if known is None:
+            record = await self._store.get(sandbox_id)
+            if record is None:
+                return False
+            known = self._known[sandbox_id] = bool(record.config.record)
+            if known:
+                await opened(self._store, record)
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return known
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, sandbox_id: str, forward: App) -> None:
+        """Serve a request to a recorded sandbox. forward: leads to its worker."""
+        websocket = scope["type"] == "websocket"
+        found = self._rows.match("WEBSOCKET" if websocket else scope["method"], scope["path"])
+        name = found[2].name if found is not None else ""
+        entry = RecordedEntry(number=0, at=time.time(), route=name, method=scope.get("method", ""),
+                              target=_target(scope))  # fmt: skip
+        if name in OPAQUE:
+            await self._store.recordings.begin(sandbox_id, entry, None)
+        if websocket or name not in REPLAYED | READS:
+            await forward(scope, receive, send)
+            return
+        body, receive = await _body(receive)
+        headers = dict(scope["headers"])
+        key = headers.get(IDEMPOTENCY_KEY.encode(), b"").decode("latin-1")[:_LONGEST_KEY] or None
+        entry.request_type = headers.get(_TYPE, b"").decode("latin-1")[:200]
+        if body is not None:
+            entry.request, entry.request_bytes = b64encode(body).decode(), len(body)
+        if name in REPLAYED and key is not None:
+            known = await self._store.recordings.known(sandbox_id, key)
+            if known is not None and _answers(known):
+                await _answer(known).send(send)
+                return
+            if known is not None:
+                entry = known
+        if entry.number == 0:
+            repeated = await self._repeated(sandbox_id, entry)
+            if repeated is not None:
+                await _answer(repeated).send(send)
+                return
+            entry.number = await self._store.recordings.begin(sandbox_id, entry, key) or 0
+        await faults.point("proxy.recorded.begun")
+        if entry.number == 0:  # the recording is full
+            await forward(scope, receive, send)
+            return
+        await forward(scope, receive, _Recorded(send, entry, lambda: self._finish(sandbox_id, entry)))
+
+    async def _finish(self, sandbox_id: str, entry: RecordedEntry) -> None:
+        entry.finished_at = time.time()
+        await self._store.recordings.finish(sandbox_id, entry)
+        await faults.point("proxy.recorded.finished")
+
+    # ---- repetition ----
+
+    async def _repeated(self, sandbox_id: str, entry: RecordedEntry) -> RecordedEntry | None:
+        """The recorded entry that is equal to this request, if the sandbox repeats a recording."""
+        repeat = self._repeats.get(sandbox_id)
+        if repeat is None:
+            head = await self._store.recordings.head(sandbox_id)
+            if head is None or head.repeats is None or head.diverged_at is not None:
+                return None
+            repeat = self._repeats[sandbox_id] = _Repeat(self._store, sandbox_id, head.repeats, head.repeated)
+        found = await repeat.next(entry)
+        if found is None:
+            self._repeats.pop(sandbox_id, None)
+        return found
+
+
+class _Repeat:
+    """The place in a recording up to which a client has repeated its requests."""
+
+    def __init__(self, store: Store, sandbox_id: str, source: str, number: int) -> None:
+        self._store = store
+        self._sandbox_id = sandbox_id
+        self._source = source
+        self._number = number
+        self._ahead: deque[RecordedEntry] = deque()
+
+    async def next(self, asked: RecordedEntry) -> RecordedEntry | None:
+        """The next entry, if the request is equal to it. None ends the repetition."""
+        while True:
+            if not self._ahead:
+                self._ahead.extend(await self._store.recordings.list(self._source, self._number, PAGE))
+            if not self._ahead:  # the client has repeated all of it
+                await self._store.recordings.advance(self._sandbox_id, self._number, self._number + 1)
+                return None
+            entry = self._ahead.popleft()
+            if entry.route in REPLAYED or entry.route in READS:
+                break
+            self._number = entry.number
+        answer: RecordedEntry | None = entry
+        if not _answers(entry):  # in progress at the end of its sandbox: the replay may have its response
+            key = replay_key(self._source, entry.number)
+            answer = await self._store.recordings.known(self._sandbox_id, key)
+        same = entry.route == asked.route and without_id(entry.target) == without_id(asked.target) and \
+            entry.request is not None and asked.request is not None and \
+            canonical(entry.route, b64decode(entry.request)) == canonical(asked.route, b64decode(asked.request))
+        if not same or answer is None or not _answers(answer):
+            await self._store.recordings.advance(self._sandbox_id, self._number, entry.number)
+            return None
+        self._number = entry.number
+        await self._store.recordings.advance(self._sandbox_id, self._number, None)
+        return answer
+
+
+# ---- messages ----
+
+class _Recorded:
+    """Forwards a response, and holds its end until it is recorded."""
+
+    def __init__(self, send: Send, entry: RecordedEntry, finish: Callable[[], Awaitable[None]]) -> None:
+        self._send = send
+        self._entry = entry
+        self._finish = finish
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._code = b""
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        entry = self._entry
+        if message["type"] == "http.response.start":
+            entry.status = int(message["status"])
+            self._code = next((value for name, value in message["headers"] if name.lower() == b"x-rock-error"), b"")
+            lines = [name.decode("latin-1") + ": " + value.decode("latin-1")
+                     for name, value in message["headers"] if name.lower() in _KEPT]  # fmt: skip
+            entry.response_type = "\n".join(lines)[:1000]
+        elif message["type"] == "http.response.body":
+            part = bytes(message.get("body", b""))
+            self._size += len(part)
+            if self._size <= LARGEST_RESPONSE:
+                self._parts.append(part)
+            else:
+                self._parts.clear()
+            if not message.get("more_body", False) and self._code not in _NOT_DONE:
+                entry.response_bytes = self._size
+                whole = self._size <= LARGEST_RESPONSE
+                entry.response = b64encode(b"".join(self._parts)).decode() if whole else None
+                await self._finish()
+        await self._send(message)
+
+
+async def _body(receive: Receive) -> tuple[bytes | None, Receive]:
+    """The body of a request, and its messages again. None for one that is larger than the limit."""
+    messages: deque[Any] = deque()
+    parts: list[bytes] = []
+    size, whole = 0, False
+    while not whole and size <= LARGEST_REQUEST:
+        message = await receive()
+        messages.append(message)
+        if message["type"] != "http.request":
+            break
+        part = bytes(message.get("body", b""))
+        parts.append(part)
+        size += len(part)
+        whole = not message.get("more_body", False)
+
+    async def again() -> Any:
+        return messages.popleft() if messages else await receive()
+
+    return b"".join(parts) if whole and size <= LARGEST_REQUEST else None, again
+
+
+def _answers(entry: RecordedEntry) -> bool:
+    """Whether an entry has a whole response."""
+    return entry.status is not None and entry.finished_at is not None and entry.response is not None
+
+
+def _answer(entry: RecordedEntry) -> Answer:
+    """The recorded response."""
+    if entry.response is None or entry.status is None:
+        return failure(Unavailable(f"the response of entry {entry.number} is not recorded", hint="replay it"))
+    pairs = [line.split(": ", 1) for line in entry.response_type.split("\n") if ": " in line]
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
+    kind = next((value for name, value in headers if name.lower() == _TYPE), b"application/json")
+    others = [(name, value) for name, value in headers if name.lower() != _TYPE]
+    return Answer(b64decode(entry.response), entry.status, kind, headers=others)
+
+
+def _target(scope: Scope) -> str:
+    query: bytes = scope.get("query_string", b"")
+    return str(scope["path"]) + (f"?{query.decode('latin-1')}" if query else "")
+
+
+async def _nowhere(request: Any) -> Answer:
+    raise AssertionError("the table is used for names only")

@@ -1,0 +1,73 @@
+"""Capabilities of runtimes that create sandboxes before they are requested: warm pools."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.base import Capability, Handle
+
+
+class Prepared(Protocol):
+    """The processes started in a pooled sandbox that is not yet claimed."""
+
+    async def discard(self) -> None:
+        """Release its resources: the sandbox is being removed."""
+        ...
+
+
+@runtime_checkable
+class Resizes(Protocol, metaclass=Capability):
+    """The runtime has a warm pool of a size that can change."""
+
+    def resize_pool(self, size: int | None) -> None:
+        """Set the number of warm sandboxes for each recently used image; None is that of the settings."""
+        ...
+
+
+class PoolTarget(NamedTuple):
+    """A defined pool. config: of its members. minimum, maximum: between them its size follows the demand."""
+
+    name: str
+    config: SandboxConfig
+    minimum: int
+    maximum: int
+
+
+class PoolState(NamedTuple):
+    """A defined pool now. ready: unclaimed members. target: the size that it should have. hits, misses: claims since
+    it was defined. error: why the last member was not made."""
+
+    ready: int = 0
+    target: int = 0
+    hits: int = 0
+    misses: int = 0
+    error: str = ""
+
+
+@runtime_checkable
+class DefinesPools(Protocol, metaclass=Capability):
+    """The runtime has warm pools of images and snapshots that are defined by name (decision 57)."""
+
+    async def define_pools(self, targets: Sequence[PoolTarget], budget: int) -> Mapping[str, PoolState]:
+        """Set all defined pools, which together have at most `budget` members. Returns the state of each, by name."""
+        ...
+
+    def pool_states(self) -> Mapping[str, PoolState]:
+        """The defined pools, by name."""
+        ...
+
+
+@runtime_checkable
+class Pools(Protocol, metaclass=Capability):
+    """The runtime creates sandboxes in advance, and its user prepares them."""
+
+    prepare: Callable[[Handle], Awaitable[Prepared | None]] | None
+    """Called with each sandbox that is made ahead, under a handle that ends with its claim.
+
+    A RockError says that nothing was started."""
+
+    def prepared(self, handle: Handle) -> Prepared | None:
+        """The result of `prepare` for the sandbox with this handle. The caller owns it afterwards."""
+        ...
