@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,10 +26,15 @@ OWNER = "the owner's key of the released clients"
 
 @dataclass
 class System:
-    """One distribution. checks: (name, reason) of each check; "" is a pass."""
+    """One distribution. checks: (name, reason) of each check; "" is a pass. python: the version of Python that it
+    needs, if not that of the tests. alone: requirements that are installed without their dependencies, where those
+    exclude each other or need a GPU. environment: the system whose virtual environment it shares."""
 
     name: str
     requirements: tuple[str, ...]
+    python: str = ""
+    alone: tuple[str, ...] = ()
+    environment: str = ""
     version: str = ""
     checks: list[tuple[str, str]] = field(default_factory=list)
 
@@ -37,6 +43,7 @@ class System:
         return [check for check in self.checks if check[1]]
 
 
+CLIENT = ("pydantic>=2.11", "orjson>=3.10", "websockets>=15", "click>=8.2")  # what our client needs
 SYSTEMS = {
     "mcp": System("MCP client (mcp)", ("mcp==2.3.0",)),
     "mcp1": System("MCP client, release 1 (mcp)", ("mcp==1.30.0",)),
@@ -46,24 +53,45 @@ SYSTEMS = {
     "openenv": System("OpenEnv (openenv)", ("openenv==0.10.0", "click>=8.2", "orjson>=3.10", "websockets>=15")),
     "inspect": System("Inspect (inspect_ai)", ("inspect_ai==0.3.285", "click>=8.2", "orjson>=3.10", "websockets>=15")),
     "agentscope": System("AgentScope (agentscope-runtime)", ("agentscope-runtime==1.1.6.post2",)),
+    "minisweagent": System("mini-SWE-agent (mini-swe-agent)", ("mini-swe-agent==2.4.6", *CLIENT)),
+    "smolagents": System("smolagents (smolagents)", ("smolagents==1.26.0", "e2b-code-interpreter==2.11.5", *CLIENT)),
+    "training": System("stable-baselines3 (stable-baselines3)", ("stable-baselines3==2.9.2", "pettingzoo==1.27.0",
+                                                                 "trl==1.16.0", *CLIENT)),
+    "pettingzoo": System("PettingZoo (pettingzoo)", ("pettingzoo==1.27.0",), environment="training"),
 }
 
 
 def environment_of(system: str) -> Path:
     """The virtual environment of a system, installed the first time."""
+    system = SYSTEMS[system].environment or system
     cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
     folder = cache / "integrations" / system
     folder.parent.mkdir(parents=True, exist_ok=True)
-    wanted = "\n".join(SYSTEMS[system].requirements)
+    spec = SYSTEMS[system]
+    wanted = "\n".join((*spec.requirements, *spec.alone))
     ready = folder / "ready"
     with open(folder.parent / f"{system}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not ready.exists() or ready.read_text() != wanted:
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-            subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check",
-                            *SYSTEMS[system].requirements], check=True)  # fmt: skip
+            subprocess.run([interpreter(spec.python), "-m", "venv", str(folder)], check=True)
+            pip = [folder / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+            if spec.alone:
+                subprocess.run([*pip, "--no-deps", *spec.alone], check=True)
+            subprocess.run([*pip, *(one for one in spec.requirements if one not in spec.alone)], check=True)
             ready.write_text(wanted)
     return folder
+
+
+def interpreter(version: str) -> str:
+    """A Python of that version ("" for that of the tests). Skips the test when this machine has none."""
+    if not version or sys.version_info[:2] == tuple(map(int, version.split("."))):
+        return sys.executable
+    name = f"python{version}"
+    places = [shutil.which(name), *Path.home().glob(f".pyenv/versions/{version}.*/bin/{name}")]
+    for place in filter(None, places):
+        if subprocess.run([place, "-c", ""], capture_output=True).returncode == 0:  # a shim may lead nowhere
+            return str(place)
+    pytest.skip(f"this machine has no {name}")
 
 
 @pytest.fixture(scope="session")
