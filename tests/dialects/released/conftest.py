@@ -44,6 +44,9 @@ class System:
 
 
 CLIENT = ("pydantic>=2.11", "orjson>=3.10", "websockets>=15", "click>=8.2")  # what our client needs
+HARBOR = ("harbor==0.25.0", "shortuuid", "typer", "requests", "pyyaml", "rich", "toml", "tenacity", "python-dotenv",
+          "litellm>=1.92", "jinja2", "dirhash", "packaging", "semver", "fastapi", "uvicorn", "pathspec",
+          "supabase>=2.28.2", "httpx", "filelock", "platformdirs", "pyjwt", "jsonschema", "certifi", *CLIENT)
 SYSTEMS = {
     "mcp": System("MCP client (mcp)", ("mcp==2.3.0",)),
     "mcp1": System("MCP client, release 1 (mcp)", ("mcp==1.30.0",)),
@@ -54,6 +57,8 @@ SYSTEMS = {
     "inspect": System("Inspect (inspect_ai)", ("inspect_ai==0.3.285", "click>=8.2", "orjson>=3.10", "websockets>=15")),
     "agentscope": System("AgentScope (agentscope-runtime)", ("agentscope-runtime==1.1.6.post2",)),
     "minisweagent": System("mini-SWE-agent (mini-swe-agent)", ("mini-swe-agent==2.4.6", *CLIENT)),
+    # Its floor of certifi is newer than the newest release of the index.
+    "harbor": System("Harbor (harbor)", HARBOR, python="3.12", alone=("harbor==0.25.0",)),
     "smolagents": System("smolagents (smolagents)", ("smolagents==1.26.0", "e2b-code-interpreter==2.11.5", *CLIENT)),
     "training": System("stable-baselines3 (stable-baselines3)", ("stable-baselines3==2.9.2", "pettingzoo==1.27.0",
                                                                  "trl==1.16.0", *CLIENT)),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import RunningServer
 from tests.dialects.released.conftest import OWNER
+from tests.dialects.released.test_released_inspect import metadata
 
 SOURCE = str(Path(__file__).parents[3] / "src")
 
@@ -20,3 +22,23 @@ def test_smolagents(run_script: Callable[..., Any], released_server: RunningServ
     e2b = {"E2B_API_URL": f"{released_server.url}/e2b", "E2B_SANDBOX_URL": f"{released_server.url}/e2b",
            "E2B_API_KEY": OWNER}  # fmt: skip
     assert len(run_script("smolagents", "smolagents_client.py", PYTHONPATH=SOURCE, **e2b).checks) >= 14
+
+
+def test_harbor(run_script: Callable[..., Any]) -> None:
+    assert len(run_script("harbor", "harbor_client.py", timeout=900, PYTHONPATH=SOURCE).checks) >= 16
+
+
+def test_four_packages_on_one_server(
+    run_script: Callable[..., Any], released_server: RunningServer, tmp_path: Path
+) -> None:
+    """An agent of mini-SWE-agent, an oracle trial of Harbor, an evaluation of Inspect and a CodeAgent of smolagents, at
+    the same time. None leaves a sandbox behind."""
+    systems = ("minisweagent", "harbor", "inspect", "smolagents")
+    before = released_server.inventory()
+    with ThreadPoolExecutor(len(systems)) as pool:
+        paths = {"inspect": metadata(tmp_path)}
+        runs = [pool.submit(run_script, system, "together.py", system, PYTHONPATH=paths.get(system, SOURCE))
+                for system in systems]  # fmt: skip
+        for run in runs:
+            run.result()
+    released_server.assert_clean(before)
