@@ -47,6 +47,16 @@ CLIENT = ("pydantic>=2.11", "orjson>=3.10", "websockets>=15", "click>=8.2")  # w
 HARBOR = ("harbor==0.25.0", "shortuuid", "typer", "requests", "pyyaml", "rich", "toml", "tenacity", "python-dotenv",
           "litellm>=1.92", "jinja2", "dirhash", "packaging", "semver", "fastapi", "uvicorn", "pathspec",
           "supabase>=2.28.2", "httpx", "filelock", "platformdirs", "pyjwt", "jsonschema", "certifi", *CLIENT)
+# verl and the Tinker cookbook need versions of transformers that exclude each other, and packages for GPUs.
+ALONE = ("verl==0.9.1", "tinker-cookbook==0.6.1")
+TRAINING = ("stable-baselines3==2.9.2", "pettingzoo==1.27.0", "trl==1.16.0", "skyrl-gym==0.4.0", "ray", "hydra-core",
+            "tensordict>=0.8,<=0.10", "codetiming", "requests", "chz", "termcolor", "tinker", "blobfile", "omegaconf",
+            "tiktoken", "pyrage", "torchdata", "pylatexenc", "pillow", "aiohttp", "sympy", "cachetools", "uvicorn", "fastapi",
+            *CLIENT)
+# Without packages for tracking and analyses.
+NEMO = ("nemo-gym==0.4.0", "openai<=2.7.2", "anthropic<=0.109.2", "omegaconf", "hydra-core", "aiohttp", "fastapi",
+        "itsdangerous", "uvicorn", "rich", "mcp<2,>=1.27", "devtools", "tqdm", "urllib3", "psutil", "python-multipart",
+        "yappi", "ray>=2.55.1", "wandb", "mlflow-skinny", "gprof2dot", "pydot", "GitPython", "pandas", *CLIENT)
 SYSTEMS = {
     "mcp": System("MCP client (mcp)", ("mcp==2.3.0",)),
     "mcp1": System("MCP client, release 1 (mcp)", ("mcp==1.30.0",)),
@@ -60,9 +70,18 @@ SYSTEMS = {
     # Its floor of certifi is newer than the newest release of the index.
     "harbor": System("Harbor (harbor)", HARBOR, python="3.12", alone=("harbor==0.25.0",)),
     "smolagents": System("smolagents (smolagents)", ("smolagents==1.26.0", "e2b-code-interpreter==2.11.5", *CLIENT)),
-    "training": System("stable-baselines3 (stable-baselines3)", ("stable-baselines3==2.9.2", "pettingzoo==1.27.0",
-                                                                 "trl==1.16.0", *CLIENT)),
+    "training": System("stable-baselines3 (stable-baselines3)", TRAINING, alone=ALONE),
     "pettingzoo": System("PettingZoo (pettingzoo)", ("pettingzoo==1.27.0",), environment="training"),
+    "trl": System("TRL (trl)", ("trl==1.16.0",), environment="training"),
+    "skyrl": System("SkyRL-gym (skyrl-gym)", ("skyrl-gym==0.4.0",), environment="training"),
+    "tinker": System("Tinker cookbook (tinker-cookbook)", ("tinker-cookbook==0.6.1",), environment="training"),
+    "verl": System("verl (verl)", ("verl==0.9.1",), environment="training"),
+    "nemo": System("NeMo Gym (nemo-gym)", NEMO, python="3.12", alone=("nemo-gym==0.4.0",)),
+    "verifiers": System("verifiers, over E2B (verifiers)", ("verifiers==0.4.0", "e2b==2.63.0", *CLIENT)),
+    "deepagents": System("LangChain deepagents (deepagents)",
+                         ("deepagents==0.7.32", "langchain-tests==1.1.9", "pytest", *CLIENT)),
+    "openai-agents": System("OpenAI Agents SDK, over E2B (openai-agents)",
+                            ("openai-agents==0.24.0", "e2b-code-interpreter==2.11.5", *CLIENT)),
 }
 
 
