@@ -51,8 +51,8 @@ HARBOR = ("harbor==0.25.0", "shortuuid", "typer", "requests", "pyyaml", "rich", 
 ALONE = ("verl==0.9.1", "tinker-cookbook==0.6.1")
 TRAINING = ("stable-baselines3==2.9.2", "pettingzoo==1.27.0", "trl==1.16.0", "skyrl-gym==0.4.0", "ray", "hydra-core",
             "tensordict>=0.8,<=0.10", "codetiming", "requests", "chz", "termcolor", "tinker", "blobfile", "omegaconf",
-            "tiktoken", "pyrage", "torchdata", "pylatexenc", "pillow", "aiohttp", "sympy", "cachetools", "uvicorn", "fastapi",
-            *CLIENT)
+            "tiktoken", "pyrage", "torchdata", "pylatexenc", "pillow", "aiohttp", "sympy", "cachetools", "uvicorn",
+            "fastapi", *CLIENT)
 # Without packages for tracking and analyses.
 NEMO = ("nemo-gym==0.4.0", "openai<=2.7.2", "anthropic<=0.109.2", "omegaconf", "hydra-core", "aiohttp", "fastapi",
         "itsdangerous", "uvicorn", "rich", "mcp<2,>=1.27", "devtools", "tqdm", "urllib3", "psutil", "python-multipart",
