@@ -191,8 +191,8 @@ env-packages: $(VENV)/ready-dev
 agents: $(VENV)/ready-dev
 	ROCK_TEST_AGENTS=1 $(PY) -m pytest tests/agents tests/jobs/test_swe.py
 
-# Released clients of other systems (MCP, SWE-ReX, OpenEnv, AgentScope) against a server, each in a virtual environment
-# that is kept in ROCK_TEST_CACHE; prints a table of systems, versions and results.
+# Released clients of other systems and the adapters of packages against a server, in virtual environments that are kept
+# in ROCK_TEST_CACHE (13 GB); prints a table of systems, versions and results.
 integrations: $(VENV)/ready-dev
 	ROCK_TEST_INTEGRATIONS=1 $(PY) -m pytest tests/dialects/released tests/e2b
 

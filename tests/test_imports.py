@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "envs": {"envs", "sync", "guest", "protocol", "errors", "settings"},
     "training": {"sdk", "sync"},
     # classes that other frameworks load by path; each imports its framework in itself, and nothing of the server
-    "integrations": {"integrations", "sdk", "sync", "protocol", "errors", "settings"},
+    "integrations": {"integrations", "envs", "gym", "guest", "sdk", "sync", "protocol", "errors", "settings"},
     "gym": {"gym", "envs", "guest", "sync", "protocol", "errors", "settings"},
 }
 # Old import paths that only name things of a higher floor again.
@@ -59,17 +59,24 @@ ALIASES = {"sdk/envs/__init__": {"envs"}, "sdk/envs/rock_env": {"envs"}, "sdk/en
             "sdk/common": {"errors"}}
 ROOFS = {"__main__", "cli", "__init__", "bench", "testing"}
 OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "docker", "asyncpg", "psycopg",
-            "opentelemetry", "prometheus_client", "inspect_ai"}
+            "opentelemetry", "prometheus_client", "inspect_ai", "stable_baselines3", "pettingzoo", "minisweagent",
+            "smolagents", "harbor", "trl", "verifiers", "skyrl_gym", "nemo_gym", "verl", "tinker_cookbook",
+            "deepagents", "agents"}
 
 # Where they may be imported: in what bears their name, and in what runs inside a sandbox, where they are installed.
 HOMES = {
-    "gymnasium": {"gym", "guest/environments/hosting", "guest/environments/host"},
-    "numpy": {"gym", "envs/vector", "guest/environments/values"},
+    "gymnasium": {"gym", "guest/environments/hosting", "guest/environments/host",
+                  "guest/environments/spaces"},
+    "numpy": {"gym", "envs/vector", "guest/environments/values", "integrations/stable_baselines3"},
     "torch": {"gym/torch"},
     "asyncpg": {"store/postgres"},
     "opentelemetry": {"telemetry/otel"},
     "ray": {"scheduler/ray"},
-    "inspect_ai": {"integrations/inspect_ai"},
+    **{name: {f"integrations/{name}"} for name in (
+        "inspect_ai", "stable_baselines3", "minisweagent", "smolagents", "harbor", "trl", "verifiers", "skyrl_gym",
+        "nemo_gym", "verl", "tinker_cookbook", "deepagents")},
+    "pettingzoo": {"integrations/pettingzoo", "guest/environments/agents"},
+    "agents": {"integrations/openai_agents"},
     "gem": {"envs/vector", "guest/environments/hosting", "guest/environments/host"},
 }
 

@@ -138,6 +138,11 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         self._check_open()
         return tuple(self._player.call("call", name, list(arguments), keywords))
 
+    def call_some(self, indices: Sequence[int], name: str, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        """The results of a method of the environments at these indices. Needs the vectorization mode "sync"."""
+        self._check_open()
+        return tuple(self._player.call("call", name, list(arguments), keywords, self._indices(indices)))
+
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """An attribute of each."""
         self._check_open()
@@ -147,6 +152,18 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         """Set an attribute of each, to one value or to a list of them."""
         self._check_open()
         self._player.call("set", name, values)
+
+    def set_some(self, indices: Sequence[int], name: str, value: Any) -> None:
+        """Set an attribute of the environments at these indices. Needs the vectorization mode "sync"."""
+        self._check_open()
+        self._player.call("set", name, value, self._indices(indices))
+
+    def _indices(self, indices: Sequence[int]) -> list[int]:
+        found = [int(index) for index in indices]
+        if any(not 0 <= index < self.num_envs for index in found):
+            raise errors.InvalidConfig(f"indices={found} are out of range",
+                                       hint=f"there are {self.num_envs} environments; the first is 0")
+        return found
 
     def close_extras(self, **kwargs: Any) -> None:
         """End their process. A forked child has a copy, whose end must not close them."""

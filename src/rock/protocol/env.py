@@ -101,6 +101,7 @@ class MakeEnv(Inside):
     For Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
     gymnasium.make_vec. folder: a folder inside with an env.py whose make_env makes the environment, "." for the image's
     working directory or /app; root: a folder inside from which that may import; task: "suite" or "suite/task".
+    agents: the interface of an environment of several agents (PettingZoo), whose env_id is a module or a make_env.
 
     name: an alternative identifier, "name:NAME" instead of the number; a name in use is a Conflict. idle: seconds
     without a request after which it is closed. begin: reset it too, and include the response of the reset. owner: id of
@@ -115,6 +116,7 @@ class MakeEnv(Inside):
     num_envs: int | None = Field(default=None, ge=1, le=4096)
     vectorization_mode: str | None = None
     vector_kwargs: dict[str, Any] | None = None
+    agents: Literal["parallel", "aec"] | None = None
     folder: str | None = None
     root: str | None = None
     timeout: float | None = Field(default=None, gt=0, le=86400)

@@ -1,5 +1,4 @@
-"""Environments of GEM and Gymnasium, and vectors of the latter, behind one interface; and descriptions of their
-spaces."""
+"""Environments of GEM and Gymnasium, and vectors of the latter, behind one interface."""
 
 from __future__ import annotations
 
@@ -9,11 +8,12 @@ import importlib.util
 import inspect
 import os
 import random
-import string
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from rock.guest.environments import agents
+from rock.guest.environments.spaces import metadata_of, spec_of
 from rock.guest.environments.tasks import TaskHost
 
 FILE = "env.py"
@@ -131,7 +131,8 @@ class _Single(_Base):
     def _describe(self) -> dict[str, Any]:
         env = self.env
         return {"observation_space": spec_of(env.observation_space), "action_space": spec_of(env.action_space),
-                "metadata": _metadata(env.metadata), "render_mode": env.render_mode, **_registered(env)}  # fmt: skip
+                "metadata": metadata_of(env.metadata), "render_mode": env.render_mode,
+                **_registered(env)}  # fmt: skip
 
     def _get(self, name: str) -> Any:
         return self.env.get_wrapper_attr(name)
@@ -154,7 +155,7 @@ class _Vector(_Base):
     def _describe(self) -> dict[str, Any]:
         env = self.env
         return {"num_envs": env.num_envs, "observation_space": spec_of(env.observation_space),
-                "action_space": spec_of(env.action_space), "metadata": _metadata(getattr(env, "metadata", {})),
+                "action_space": spec_of(env.action_space), "metadata": metadata_of(getattr(env, "metadata", {})),
                 "single_observation_space": spec_of(env.single_observation_space),
                 "single_action_space": spec_of(env.single_action_space),
                 "render_mode": getattr(env, "render_mode", None), **_registered(env)}  # fmt: skip
@@ -162,15 +163,36 @@ class _Vector(_Base):
     def _get(self, name: str) -> Any:
         return self.env.get_attr(name)
 
-    def _set(self, name: str, value: Any) -> None:
-        self.env.set_attr(name, value)
+    def _set(self, name: str, value: Any, indices: list[int] | None = None) -> None:
+        for member in () if indices is None else self._members(indices):
+            _set_inside(member, name, value)
+        if indices is None:
+            self.env.set_attr(name, value)
 
-    def _call(self, name: str, arguments: list[Any], keywords: dict[str, Any]) -> Any:
-        return self.env.call(name, *arguments, **keywords)
+    def _call(
+        self, name: str, arguments: list[Any], keywords: dict[str, Any], indices: list[int] | None = None
+    ) -> Any:
+        if indices is None:
+            return self.env.call(name, *arguments, **keywords)
+        return [_attribute(member, name)(*arguments, **keywords) for member in self._members(indices)]
+
+    def _members(self, indices: list[int]) -> list[Any]:
+        """Some of the environments; TypeError for a vector that has them in other processes."""
+        members = getattr(self.env, "envs", None)
+        if not isinstance(members, list | tuple):
+            raise TypeError(f"a {type(self.env).__name__} has no access to single environments")
+        return [members[index] for index in indices]
 
 
-def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: getattr(value, "value", value) for key, value in metadata.items()}
+def _attribute(env: Any, name: str) -> Any:
+    return env.get_wrapper_attr(name) if hasattr(env, "get_wrapper_attr") else getattr(env, name)
+
+
+def _set_inside(env: Any, name: str, value: Any) -> None:
+    if hasattr(env, "set_wrapper_attr"):
+        env.set_wrapper_attr(name, value)
+    else:
+        setattr(env, name, value)
 
 
 def _registered(env: Any) -> dict[str, Any]:
@@ -190,7 +212,19 @@ def host(request: Mapping[str, Any]) -> Hosted:
         import gem
 
         return _Base(gem.make(request["env_id"], **request["kwargs"]))
+    if request.get("agents"):
+        return _of_agents(request)
     return _Single(_gym(request)) if not request.get("num_envs") else _Vector(_gym_vector(request))
+
+
+def _of_agents(request: Mapping[str, Any]) -> Hosted:
+    """A game of several agents: a module of PettingZoo, or what make_env makes."""
+    interface, kwargs = str(request["agents"]), dict(request["kwargs"])
+    if request.get("folder"):
+        made = agents.interface_of(_chosen(_maker(request)(**kwargs), request.get("task")), interface)
+    else:
+        made = agents.made_by(request["env_id"], interface, kwargs)
+    return agents.Aec(made) if interface == agents.AEC else agents.Parallel(made)
 
 
 def _gym(request: Mapping[str, Any]) -> Any:
@@ -373,43 +407,3 @@ def _chosen(made: Any, task: str | None) -> Any:
             raise KeyError(f"task {task!r}: there are {', '.join(sorted(map(str, made)))}")
         made = made[names.pop(0)]
     return made
-
-
-# ---- descriptions of spaces: plain data, with arrays for bounds, from which the client constructs the spaces ----
-
-_TEXT_LENGTH = 4096  # characters of a text space without a maximum length
-
-
-def spec_of(space: Any) -> dict[str, Any]:
-    """The description of a space; TypeError for a kind that Gymnasium does not have.
-
-    A subclass of Space with string elements (dtype str, such as minigrid's MissionSpace) is described as Text.
-    """
-    from gymnasium import spaces
-
-    for kind in type(space).__mro__:
-        name = kind.__name__
-        older = kind.__module__.startswith("gym.spaces.")
-        if name in _SPECS and (older or kind is getattr(spaces, name, None)):
-            return {"kind": name, **_SPECS[name](space)}
-    if isinstance(space, spaces.Space) and space.dtype is not None and space.dtype.kind == "U":
-        return {"kind": "Text", "min": 0, "max": _TEXT_LENGTH, "characters": string.printable}
-    raise TypeError(f"a space of type {type(space).__module__}.{type(space).__qualname__} is none of Gymnasium's")
-
-
-def _optional(space: Any) -> dict[str, Any] | None:
-    return None if space is None else spec_of(space)
-
-
-_SPECS: dict[str, Any] = {
-    "Box": lambda s: {"low": s.low, "high": s.high, "shape": list(s.shape), "dtype": s.dtype.str},
-    "Discrete": lambda s: {"n": int(s.n), "start": int(s.start), "dtype": s.dtype.str},
-    "MultiBinary": lambda s: {"n": list(s.n) if isinstance(s.n, (tuple, list)) or hasattr(s.n, "tolist") else int(s.n)},
-    "MultiDiscrete": lambda s: {"nvec": s.nvec, "start": s.start, "dtype": s.dtype.str},
-    "Text": lambda s: {"min": s.min_length, "max": s.max_length, "characters": "".join(s.character_list)},
-    "Dict": lambda s: {"spaces": [[key, spec_of(item)] for key, item in s.spaces.items()]},
-    "Tuple": lambda s: {"spaces": [spec_of(item) for item in s.spaces]},
-    "Sequence": lambda s: {"space": spec_of(s.feature_space), "stack": bool(s.stack)},
-    "Graph": lambda s: {"nodes": spec_of(s.node_space), "edges": _optional(s.edge_space)},
-    "OneOf": lambda s: {"spaces": [spec_of(item) for item in s.spaces]},
-}

@@ -291,7 +291,7 @@ _ENVIRONMENT = {
     # Threads do not survive a fork.
     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
 }  # fmt: skip
-_MODULES = ("values", "frames", "tasks", "hosting", "forking", "worker", "host")
+_MODULES = ("values", "frames", "tasks", "spaces", "agents", "hosting", "forking", "worker", "host")
 _LOADER = """import base64, json, sys, types, zlib
 if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer is needed, and this is " + sys.version)
