@@ -197,6 +197,8 @@ _SERVERS = {
     "egress", "env", "labels", "user_id", "experiment_id", "namespace", "cluster", "route_key", "pull",
     "registry_username", "registry_password", "sandbox_id", "public_registries", "reconnect_timeout", "name",
     "snapshot", "snapshot_worker",  # refused by `Runtimes.of` for runtimes without the capability Forks
+    "record",  # by the server, whatever the runtime is
+    "auto_pause",  # refused by `Runtimes.of` for runtimes without the capability Pauses
     "volumes", "mounts", "agents",  # refused by `Runtimes.of` for runtimes without the capability Mounts
 }  # fmt: skip
 
