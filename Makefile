@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
-	training agents integrations kubernetes manifests ui env-packages gym-extras sync wheel \
+	training agents integrations kubernetes manifests ui env-packages gym-extras sync wheel release \
 	docs lock bench bench-check bench-growth bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -265,6 +265,10 @@ walls: $(VENV)/ready-dev
 # Two wheels in dist/: for this platform with the extension, for any platform without it.
 wheel: $(VENV)/ready
 	$(PY) tools/wheels.py dist
+
+# Version, changelog, wheels and checksums in dist/; publishes nothing. VERSION=0.2.0
+release: $(VENV)/ready-dev
+	$(PY) tools/release.py $(VERSION)
 
 sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py

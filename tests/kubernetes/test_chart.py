@@ -122,3 +122,9 @@ def test_the_metadata_address_is_blocked() -> None:
         (policy,) = (one for one in policies if "Egress" in one["policyTypes"])
         blocks = [to["ipBlock"] for rule in policy["egress"] for to in rule["to"] if "ipBlock" in to]
         assert blocks and all("169.254.0.0/16" in block["except"] for block in blocks)
+
+
+def test_the_page_of_the_values_is_current() -> None:
+    command = [sys.executable, "tools/helm_reference.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=render_chart.TOP)
+    assert done.returncode == 0, done.stderr
