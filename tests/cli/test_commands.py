@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -81,6 +82,31 @@ def test_every_command_has_an_example_and_a_short_help() -> None:
     for entry in ENTRIES:
         real = app.get_command(root, entry.name)
         assert real is not None and (real.help or "").split("\n\n")[0] == entry.summary, entry.name
+
+
+def _words(line: str) -> list[str]:
+    """The words of the rock command in an example: what follows a pipe or precedes a redirection."""
+    words = shlex.split(line)
+    if "|" in words and words[0] != "rock":
+        words = words[words.index("|") + 1 :]
+    return words[: next((index for index, word in enumerate(words) if word in ("|", "<", ">", "2>")), len(words))]
+
+
+def test_every_example_is_a_valid_call() -> None:
+    """Each line has existing options and a valid number of arguments."""
+    root = click.Context(app, info_name="rock")
+    count = 0
+    for path, command in commands(app, root):
+        assert isinstance(command, Command)
+        for line in command.example.splitlines():
+            if line.startswith("eval "):
+                continue
+            words = _words(line)
+            assert words[: len(path.split())] == path.split(), line
+            context = click.Context(command, info_name=path, parent=root)
+            command.parse_args(context, words[len(path.split()) :])
+            count += 1
+    assert count > 100
 
 
 def test_the_reference_is_current() -> None:
