@@ -77,6 +77,11 @@ def test_there_are_blocks() -> None:
         assert "file" in words.split() or set(words.split()) <= WORDS, block.id
 
 
+def test_the_figures_of_the_report_are_those_of_its_data() -> None:
+    done = subprocess.run([sys.executable, "bench/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_extras_are_named_above_their_blocks() -> None:
     """A reader sees what to install before the block that needs it."""
     for page in PAGES:
