@@ -33,6 +33,7 @@ def test_tinker_cookbook(run_script: Callable[..., Any]) -> None:
 
 def test_nemo_gym(run_script: Callable[..., Any], tmp_path: Path) -> None:
     assert len(run_script("nemo", "nemo_client.py", PYTHONPATH=metadata(tmp_path)).checks) >= 7
+    run_script("nemo", "nemo_server_client.py", PYTHONPATH=SOURCE)
 
 
 def test_verl(run_script: Callable[..., Any]) -> None:
