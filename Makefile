@@ -192,7 +192,7 @@ agents: $(VENV)/ready-dev
 	ROCK_TEST_AGENTS=1 $(PY) -m pytest tests/agents tests/jobs/test_swe.py
 
 # Released clients of other systems and the adapters of packages against a server, in virtual environments that are kept
-# in ROCK_TEST_CACHE (13 GB); prints a table of systems, versions and results.
+# in ROCK_TEST_CACHE (12 GB); prints a table of systems, versions and results.
 integrations: $(VENV)/ready-dev
 	ROCK_TEST_INTEGRATIONS=1 $(PY) -m pytest tests/dialects/released tests/e2b
 

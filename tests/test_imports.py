@@ -74,7 +74,8 @@ HOMES = {
     "ray": {"scheduler/ray"},
     **{name: {f"integrations/{name}"} for name in (
         "inspect_ai", "stable_baselines3", "minisweagent", "smolagents", "harbor", "trl", "verifiers", "skyrl_gym",
-        "nemo_gym", "verl", "tinker_cookbook", "deepagents")},
+        "verl", "tinker_cookbook", "deepagents")},
+    "nemo_gym": {"integrations/nemo_gym", "integrations/nemo_gym_server"},
     "pettingzoo": {"integrations/pettingzoo", "guest/environments/agents"},
     "agents": {"integrations/openai_agents"},
     "gem": {"envs/vector", "guest/environments/hosting", "guest/environments/host"},

@@ -138,11 +138,16 @@ def test_what_is_refused() -> None:
         ({"cwd": "x"}, "cwd does not go"), ({"override": "x"}, "override does not go"),
         ({"repo_root": "x"}, "repo_root does not go"), ({"task": "x"}, "task chooses"),
         ({"packages": "x"}, "packages is a list"), ({"imports": "x"}, "imports is a list"),
-        ({"rlmesh_package": "x"}, "no package of ours"), ({"base_image": "x", "packages": ["y"]}, "nothing is inst"),
+        ({"base_image": "x", "packages": ["y"]}, "nothing is inst"),
     ]  # fmt: skip
     for wrong, told in more:
         with pytest.raises(errors.InvalidConfig, match=told):
             SandboxEnv("CartPole-v1", **wrong)
+    for package in ("local", "dist/rlmesh-0.1.0-py3-none-any.whl"):
+        with pytest.raises(errors.Unsupported, match="is no requirement"):
+            SandboxEnv("CartPole-v1", rlmesh_package=package)
+    with pytest.raises(errors.InvalidConfig, match="nothing is inst"):
+        SandboxEnv("CartPole-v1", rlmesh_package="rlmesh==0.1.0", base_image="x")
     with pytest.raises(errors.Unsupported, match="nothing is built"):
         SandboxEnv("CartPole-v1", build_memory="20g")
     with SandboxEnv("CartPole-v1", build_memory="auto", packages=[], imports=None, trust_remote_code=True):

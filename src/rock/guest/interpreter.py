@@ -390,6 +390,8 @@ class Interpreter:
         if value is None:
             return
         self._flush()
+        for capture in self._captures:  # what child processes wrote before comes before the value
+            capture.drain()
         self.module.__dict__["_"] = value
         figure = getattr(value, "figure", None)
         if type(value).__name__ == "Figure" and hasattr(value, "savefig"):

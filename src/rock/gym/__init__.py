@@ -14,6 +14,7 @@ except ImportError as error:
     raise ImportError(f"rock.gym needs gymnasium ({error}): pip install 'rock-sandbox[gym]'") from error
 
 from rock.gym.env import SandboxEnv, make_async, remake
+from rock.gym.serving import EnvServer, RemoteEnv, RemoteVectorEnv
 from rock.gym.vector import SandboxVectorEnv
 
-__all__ = ["SandboxEnv", "SandboxVectorEnv", "make_async", "remake"]
+__all__ = ["EnvServer", "RemoteEnv", "RemoteVectorEnv", "SandboxEnv", "SandboxVectorEnv", "make_async", "remake"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Arguments:
     source: str
     kwargs: dict[str, Any]
     base_image: str | None = None
+    rlmesh_package: str | None = None
     packages: Sequence[str] | None = None
     imports: Sequence[str] | None = None
     trust_remote_code: bool = False
@@ -58,10 +60,7 @@ class Arguments:
     limits: SandboxConfig | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if "rlmesh_package" in self.kwargs:
-            raise errors.InvalidConfig("rlmesh_package: no package of ours is installed in a sandbox",
-                                       hint="leave it out")  # fmt: skip
-        self.packages = _list_of("packages", self.packages)
+        self.packages = (*_list_of("packages", self.packages), *_requirement(self.rlmesh_package))
         self.imports = _list_of("imports", self.imports)
         self.capabilities = _list_of("capabilities", self.capabilities)
         for name in self.capabilities:
@@ -123,6 +122,16 @@ _INSTEAD = {
     "cwd": "it names the folder with env.py of a folder, an hf:// source or an image",
     "repo_root": "it is sent in place of a folder that lies in it",
 }
+
+
+def _requirement(rlmesh_package: str | None) -> tuple[str, ...]:
+    """The requirement of RLMesh's own package, for environments that import it; ROCK itself needs none."""
+    if rlmesh_package is None:
+        return ()
+    if not isinstance(rlmesh_package, str) or rlmesh_package == "local" or re.search(r"/|\\|\.whl$", rlmesh_package):
+        raise errors.Unsupported(f"rlmesh_package={rlmesh_package!r} is no requirement",
+                                 hint="name a release, like rlmesh==0.1.0; packages come from the package index")
+    return (rlmesh_package,)
 
 
 def for_single(kwargs: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         folder, with an env.py that defines `make_env(**kwargs)`; "image://NAME", an image of the server with an env.py.
     base_image: the image whose own Python hosts it; it must contain gymnasium, and nothing is installed.
     packages: requirements beside gymnasium, in pip's syntax; only wheels are accepted. imports: modules that register
-        it.
+        it. rlmesh_package: the requirement of RLMesh, like "rlmesh==0.1.0", for an environment that imports it.
     trust_remote_code: required for hf:// and folders. allow_unpinned_hf: accept the current commit of a branch or tag.
     task: "suite" or "suite/task", where make_env creates several.
     config: limits of a dedicated sandbox, as a SandboxConfig; or a mapping, or a JSON or TOML file with one, which
@@ -49,6 +49,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         /,
         *,
         base_image: str | None = None,
+        rlmesh_package: str | None = None,
         packages: Sequence[str] | None = None,
         imports: Sequence[str] | None = None,
         trust_remote_code: bool = False,
@@ -76,7 +77,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         self.source = source
         for_single(kwargs)
         options: dict[str, Any] = {
-            "base_image": base_image, "packages": packages, "imports": imports,
+            "base_image": base_image, "rlmesh_package": rlmesh_package, "packages": packages, "imports": imports,
             "trust_remote_code": trust_remote_code, "allow_unpinned_hf": allow_unpinned_hf,
             "build_memory": build_memory, "task": task, "config": config, "capabilities": capabilities,
             "override": override, "cwd": cwd, "repo_root": repo_root, "memory": memory, "cpus": cpus,

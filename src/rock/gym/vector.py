@@ -43,6 +43,7 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         vector_kwargs: dict[str, Any] | None = None,
         autoreset_mode: AutoresetMode | str | None = None,
         base_image: str | None = None,
+        rlmesh_package: str | None = None,
         packages: Sequence[str] | None = None,
         imports: Sequence[str] | None = None,
         trust_remote_code: bool = False,
@@ -75,7 +76,7 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         vector = {"num_envs": num_envs, "vectorization_mode": vectorization_mode,
                   "vector_kwargs": _vector_kwargs(vector_kwargs, autoreset_mode)}  # fmt: skip
         asked = Arguments(
-            source, kwargs, base_image=base_image, packages=packages, imports=imports,
+            source, kwargs, base_image=base_image, rlmesh_package=rlmesh_package, packages=packages, imports=imports,
             trust_remote_code=trust_remote_code, allow_unpinned_hf=allow_unpinned_hf, build_memory=build_memory,
             task=task, config=config, capabilities=capabilities, override=override, cwd=cwd, repo_root=repo_root,
             memory=memory, cpus=cpus, network=network, base_url=base_url, api_key=api_key, exclusive=exclusive,

@@ -33,7 +33,13 @@ def test_tinker_cookbook(run_script: Callable[..., Any]) -> None:
 
 def test_nemo_gym(run_script: Callable[..., Any], tmp_path: Path) -> None:
     assert len(run_script("nemo", "nemo_client.py", PYTHONPATH=metadata(tmp_path)).checks) >= 7
+    run_script("nemo", "nemo_server_client.py", PYTHONPATH=SOURCE)
 
 
 def test_verl(run_script: Callable[..., Any]) -> None:
     assert len(run_script("verl", "verl_client.py", PYTHONPATH=SOURCE).checks) >= 7
+
+
+def test_a_training_step_of_trl(run_script: Callable[..., Any]) -> None:
+    environment = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run_script("trl", "trl_training.py", timeout=900, PYTHONPATH=SOURCE, **environment)

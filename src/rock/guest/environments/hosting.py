@@ -236,6 +236,15 @@ def _gym(request: Mapping[str, Any]) -> Any:
     return _one(made)
 
 
+def host_object(made: Any) -> Hosted:
+    """Host an existing environment or vector of Gymnasium, an object with their members, or one with the older
+    interface of four-value steps."""
+    import gymnasium
+
+    vector = isinstance(made, gymnasium.vector.VectorEnv) or all(hasattr(made, name) for name in _VECTOR_MEMBERS)
+    return _Vector(made) if vector else _Single(_one(made))
+
+
 _MEMBERS = ("reset", "step", "observation_space", "action_space")
 _VECTOR_MEMBERS = (*_MEMBERS, "num_envs", "single_observation_space", "single_action_space")
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
-import os
 from functools import partial
 from typing import Any
 
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 from checks import check, raises
 from transformers.utils import get_json_schema
 
