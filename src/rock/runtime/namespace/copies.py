@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors, faults
+from rock.host.child_process import Ended
 from rock.runtime.base import Handle
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace.launcher import ptrace
@@ -93,9 +94,12 @@ class Copies:
             await faults.point("namespace.processes.adopted")
             self._hold(snapshot_id, size)
             for _ in range(_ATTEMPTS):
-                done = await self._slots.launcher.ask("start", {
-                    "snapshot": snapshot_id, "folder": folder, "pid": sandbox.pid, "start": sandbox.start,
-                    "cgroups": list(sandbox.folders.values()), _STREAMS: reply[_STREAMS]}, fds)  # fmt: skip
+                try:
+                    done = await self._slots.launcher.ask("start", {
+                        "snapshot": snapshot_id, "folder": folder, "pid": sandbox.pid, "start": sandbox.start,
+                        "cgroups": list(sandbox.folders.values()), _STREAMS: reply[_STREAMS]}, fds)  # fmt: skip
+                except Ended as error:  # its templates have ended with it; the next request starts another one
+                    done = {"error": error.message, "errno": errno.ECHILD}
                 if done.get("errno") != errno.ECHILD:  # else the template was killed, and what it had begun
                     break
         finally:

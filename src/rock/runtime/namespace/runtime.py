@@ -30,6 +30,7 @@ from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.factory import Factory, RetainedFiles
 from rock.runtime.namespace.launcher import userns
 from rock.runtime.namespace.launcher.link import LaunchLink
+from rock.runtime.namespace.layer_transfer import LayerTransfer
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
 from rock.runtime.namespace.limits.limiter import MemoryWatch
@@ -73,6 +74,7 @@ class NamespaceRuntime(InitSandboxes):
         self._stopped = StoppedSandboxes(self._slots, self._handles, images)
         self._snapshots = Snapshots(
             self._slots, images, _quarter() if snapshot_memory is None else snapshot_memory)
+        self._layer_transfer = LayerTransfer(self._snapshots, self._stopped.packer_options)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
             sandbox.pid: (sandbox.memory, sandbox.count_kill)
@@ -441,6 +443,20 @@ class NamespaceRuntime(InitSandboxes):
 
     async def drop_snapshot(self, snapshot_id: str) -> bool:
         return await self._snapshots.drop(snapshot_id)
+
+    def layer_count(self, snapshot_id: str) -> int:
+        return self._layer_transfer.count(snapshot_id)
+
+    def export_layer(self, snapshot_id: str, number: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        return self._layer_transfer.export(snapshot_id, number)
+
+    async def import_layers(self, snapshot_id: str, sandbox_id: str, image: str, image_digest: str,
+                            layers: Sequence[ArchivedFiles], data: Callable[[int], AsyncIterator[bytes]]) -> int | None:
+        rootfs = await asyncio.to_thread(self._images.resolve, image)
+        if rootfs.digest != image_digest:
+            raise errors.ImageError(f"image {image} is not the one of the snapshot",
+                                    hint="bring that image to this machine under its name")
+        return await self._layer_transfer.take_in(snapshot_id, sandbox_id, rootfs, layers, data)
 
     # ---- archives ----
 
