@@ -127,7 +127,7 @@ fuzz: $(VENV)/ready-dev
 
 # Randomised runs of the fault suite: kill -9, SIGSTOP, dropped replies, stores that fail, clocks that jump, damaged
 # files. SEED=N has them again; KINDS="joined cluster" for some of the kinds, MINUTES=N for at most so long each.
-KINDS ?= process apart namespace joined joined-namespace cluster postgres damage
+KINDS ?= process apart namespace branches joined joined-namespace cluster postgres damage
 RUNS ?= 1000
 STEPS ?= 6
 SEED ?= $(shell date +%s)

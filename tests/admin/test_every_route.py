@@ -31,8 +31,8 @@ from rock.sync import Client, Sandbox, SandboxConfig
 # Routes that are about no sandbox that is named: they make one, or change what all share.
 _MAKES = {"/v1/sandboxes", "/v1/groups", "/v1/envs", "/v1/envs/add", "/v1/envs/build", f"{SANDBOXES}/start",
           f"{SANDBOXES}/start_async", f"{GEM}/make", f"{E2B}/v2/sandboxes", f"{E2B}/sandboxes",
-          "/env/register", "/env/delete", "/v1/keys", "/v1/keys/{key_id}",
-          "/v1/volumes", "/v1/pools/{pool}", "/v1/workers", "/v1/workers/{worker}/beat"}  # fmt: skip
+          "/env/register", "/env/delete", "/v1/keys", "/v1/keys/{key_id}", "/v1/volumes",
+          "/v1/pools/{pool}", "/v1/snapshots/import", "/v1/workers", "/v1/workers/{worker}/beat"}  # fmt: skip
 
 
 @dataclass(frozen=True)

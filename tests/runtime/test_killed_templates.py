@@ -53,6 +53,7 @@ def test_a_kill_while_copies_start(tmp_path: Path, of_launcher: bool, rounds: in
                 try:
                     one = await child(runtime, f"child{number}")
                 except errors.RockError as error:  # both attempts were killed
+                    assert not of_launcher, f"one death of the launcher made a start fail: {error}"
                     assert error.retryable or isinstance(error, errors.StartFailed), error
                 else:
                     assert await ask(await attached(one, "process:python"), TAIL) == expected

@@ -10,10 +10,11 @@ decides whether a layer is in use, because it alone starts sandboxes on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -35,6 +36,7 @@ from rock.protocol.snapshots import (
     ForkRequest,
     ForkResult,
     NodeCheckpoint,
+    NodeImport,
     NodeSnapshot,
     SnapshotInfo,
 )
@@ -222,6 +224,53 @@ class Snapshots:
         await self._store.snapshots.use(row.snapshot_id, time.time())
         return config.model_copy(update={"snapshot": row.snapshot_id, "snapshot_worker": row.worker,
                                          "image": row.image})  # fmt: skip
+
+    # ---- export and import ----
+
+    async def export(self, tenant: str | None, name: str) -> AsyncGenerator[bytes]:
+        """A snapshot as a tar, without the memory of processes. NotFound, Conflict, Unavailable, Unsupported."""
+        row = await self._find(tenant, name)
+        if row.state != "ready":
+            raise Conflict(f"snapshot {name} cannot be exported: its state is {row.state!r}", hint="retry later")
+        await self._store.snapshots.use(row.snapshot_id, time.time())
+        stream = self._workers.required(row.worker).export_snapshot(row.snapshot_id)
+        first = await anext(stream)  # errors before it have a status
+
+        async def whole() -> AsyncGenerator[bytes]:
+            async with contextlib.aclosing(stream):
+                yield first
+                async for part in stream:
+                    yield part
+
+        return whole()
+
+    async def take_in(self, tenant: str, name: str | None, worker: str | None, ttl: float | None,
+                      data: AsyncIterator[bytes]) -> SnapshotInfo:
+        """Create a snapshot from such a tar, on a worker. NotFound, Conflict, InvalidConfig, ImageError, StorageFull,
+        QuotaExceeded."""
+        if worker is None:
+            worker = next(iter(await self._workers.statuses()))
+        elif not self._workers.is_known(worker):
+            raise NotFound(f"there is no worker {worker}", hint="`rock worker ls` lists the workers")
+        chosen, now = self._workers.required(worker), time.time()
+        row = await self._store.snapshots.add(SnapshotInfo(
+            snapshot_id=secrets.token_hex(16), name=name, tenant=tenant, worker=worker, state="creating",
+            created_at=now, used_at=now, ttl_seconds=self._ttl if ttl is None else ttl))  # fmt: skip
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)  # `settle` does not take it for one that was interrupted
+        try:
+            await faults.point("snapshot.import.saved")
+            made = await chosen.import_snapshot(row.snapshot_id, NodeImport(tenant=tenant, name=name), data)
+            await faults.point("snapshot.import.made")
+            row = row.model_copy(update={"sandbox_id": made.sandbox_id, "image": made.image})
+            return await self._ready(row, made)
+        except BaseException:
+            # Files without a row are removed by `settle`.
+            await asyncio.shield(self._store.snapshots.remove(row.snapshot_id))
+            raise
+        finally:
+            self._tasks.discard(task)
 
     # ---- delete ----
 

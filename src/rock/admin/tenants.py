@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from rock.admin.configuration import LiveConfiguration
@@ -221,6 +221,13 @@ class TenantService:
 
     async def delete_snapshot(self, name: str, tenant: str = "") -> SnapshotInfo:
         return await self._service.snapshots.delete(self._of(tenant), name)
+
+    async def export_snapshot(self, name: str, tenant: str = "") -> AsyncGenerator[bytes]:
+        return await self._service.snapshots.export(self._of(tenant), name)
+
+    async def import_snapshot(self, name: str | None, worker: str | None, ttl: float | None,
+                              data: AsyncIterator[bytes]) -> SnapshotInfo:
+        return await self._service.snapshots.take_in(self.caller.owner, name, worker, ttl, data)
 
     # ---- recordings ----
 

@@ -29,7 +29,7 @@ ENTRIES = [
     Entry("rollback", "Sandboxes", "forks.snapshot:rollback", "Return a running sandbox to a snapshot."),
     Entry("fork", "Sandboxes", "forks.snapshot:fork", "Take a snapshot, and start sandboxes from it."),
     Entry("forkable", "Sandboxes", "forks.snapshot:forkable", "Show what a checkpoint of a sandbox would take."),
-    Entry("snapshot", "Sandboxes", "forks.snapshot:snapshot", "List, show and delete snapshots."),
+    Entry("snapshot", "Sandboxes", "forks.snapshot:snapshot", "List, show, delete, export and import snapshots."),
     Entry("replay", "Sandboxes", "forks.recording:replay", "Start a sandbox with the state of a recorded one."),
     Entry("pool", "Sandboxes", "forks.pool:pool", "Define, list and delete warm pools."),
     Entry("resume", "Sandboxes", "commands.sandbox:resume", "Continue paused sandboxes."),

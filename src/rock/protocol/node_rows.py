@@ -117,6 +117,9 @@ def node_rows() -> Iterator[Route]:
     yield row("node_snapshots", "GET", s, "node", "The snapshots here", "", "NodeSnapshots")
     yield row("node_delete_snapshot", "DELETE", s + "/{snapshot_id}", "node",
               "Delete a snapshot; its layer stays while others use it; idempotent", "", "NodeSnapshots")  # fmt: skip
+    yield row("node_export_snapshot", "GET", s + "/{snapshot_id}/export", "node", "A snapshot as a tar", "", "raw")
+    yield row("node_import_snapshot", "PUT", s + "/{snapshot_id}/import", "node",
+              "Create a snapshot from such a tar; idempotent", "raw ?tenant ?name", "NodeSnapshot")  # fmt: skip
     yield row("node_checkpoint", "POST", "/node/v1/sandboxes/{sandbox_id}/checkpoint", "node",
               "Take a snapshot of a running one; idempotent by its id", "NodeCheckpoint", "NodeSnapshot")  # fmt: skip
     yield row("node_forkable", "GET", "/node/v1/sandboxes/{sandbox_id}/forkable", "node",

@@ -208,6 +208,11 @@ def control_rows() -> Iterator[Route]:
     n = "/v1/snapshots/{snapshot}"
     yield row("list_snapshots", "GET", "/v1/snapshots", "control", "Snapshots by age", "?sandbox", "SnapshotList")
     yield row("get_snapshot", "GET", n, "control", "A snapshot by its id or name", "?tenant", "SnapshotInfo")
+    yield row("export_snapshot", "GET", n + "/export", "control",
+              "A snapshot as a tar: its files, and the state of its shells", "?tenant", "raw")  # fmt: skip
+    yield row("import_snapshot", "POST", "/v1/snapshots/import", "control",
+              "Create a snapshot from an exported one, also of another server", "raw ?name ?worker ?ttl_seconds",
+              "SnapshotInfo")  # fmt: skip
     yield row("delete_snapshot", "DELETE", n, "control",
               "Delete a snapshot; its files stay while sandboxes or other snapshots use them", "?tenant",
               "SnapshotInfo")  # fmt: skip

@@ -125,6 +125,13 @@ class NodeRollback(Wire):
     snapshot_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
+class NodeImport(Wire):
+    """An import on a worker; name, tenant: as of NodeCheckpoint."""
+
+    tenant: str = Field(default="", max_length=64)
+    name: str | None = Field(default=None, max_length=64)
+
+
 class NodeSnapshot(Answer):
     """A snapshot as its worker stores it. hidden: it was deleted and is still used. users: sandboxes of this worker
     that run on it or are retained."""

@@ -14,8 +14,10 @@ import contextlib
 import logging
 import os
 import re
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +27,18 @@ from rock import faults
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
 from rock.host import atomic_file
 from rock.protocol.action import CreateBashSessionRequest
-from rock.protocol.snapshots import Level, NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
+from rock.protocol.snapshots import Level, NodeCheckpoint, NodeForkable, NodeImport, NodeSnapshot, NodeSnapshots
 from rock.rocklet.commands import programs, shell_state
 from rock.rocklet.commands.session import Session
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
+from rock.rocklet.snapshot_archive import END, ArchivedSession, Manifest, Reader, header, padding
 from rock.runtime.base import Forks, Frozen, Handle
+from rock.runtime.pools import MovesSnapshots
 
 log = logging.getLogger("rock.node")
+_PIECE = 1 << 20
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -58,6 +64,7 @@ class Snapshots:
 
     def open(self) -> None:
         """Read the records. Blocking."""
+        shutil.rmtree(self._folder.parent / "exports", ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             for name in os.listdir(self._folder):
                 if not _ID.fullmatch(name.removesuffix(".json")):
@@ -268,6 +275,92 @@ class Snapshots:
             await shell_state.give(session, state, env, sandbox.runtime, sandbox.handle)
 
         sandbox.sessions.give = give
+
+    # ---- export and import ----
+
+    async def export(self, snapshot_id: str) -> AsyncGenerator[bytes]:
+        """A snapshot as a tar (snapshot_archive.py). NotFound, Unsupported, InvalidConfig; StorageFull for the layers,
+        which are stored here until they are sent."""
+        made, shells = self._known.get(snapshot_id), self._shells.get(snapshot_id)
+        runtime = self._moving()
+        if made is None or shells is None:
+            raise NotFound(f"there is no snapshot {snapshot_id} on this worker", hint="`rock snapshot ls` lists them")
+        sessions = [ArchivedSession(spec=CreateBashSessionRequest.model_validate(one["spec"]), state=one["state"])
+                    for one in shells.sessions]  # fmt: skip
+        memory = "session" if made.memory == "session" else "files"
+        left_out = [*made.left_out, *(["processes and their memory"] if made.memory == "processes" else [])]
+        with tempfile.TemporaryDirectory(prefix="export-", dir=self._scratch()) as folder:
+            layers: list[ArchivedFiles] = []
+            for number in range(runtime.layer_count(snapshot_id)):
+                layers.append(await self._spooled(runtime, snapshot_id, number, f"{folder}/{number}"))
+            manifest = Manifest(sandbox_id=made.sandbox_id, image=made.image, image_digest=layers[0].image_digest,
+                                memory=memory, layers=layers, sessions=sessions, env=dict(shells.env),
+                                left_out=left_out)  # fmt: skip
+            raw = manifest.model_dump_json().encode()
+            yield header("manifest.json", len(raw)) + raw + padding(len(raw))
+            for number, files in enumerate(layers):
+                yield header(f"layers/{number}.tar", files.size)
+                with open(f"{folder}/{number}", "rb") as file:
+                    while part := await asyncio.to_thread(file.read, _PIECE):
+                        yield part
+                yield padding(files.size)
+            yield END
+
+    async def _spooled(self, runtime: MovesSnapshots, snapshot_id: str, number: int, path: str) -> ArchivedFiles:
+        found: ArchivedFiles | None = None
+        try:
+            with open(path, "xb") as file:
+                async with contextlib.aclosing(runtime.export_layer(snapshot_id, number)) as stream:
+                    async for part in stream:
+                        if isinstance(part, bytes):
+                            await asyncio.to_thread(file.write, part)
+                        else:
+                            found = part
+        except OSError as error:
+            raise atomic_file.not_kept(error, "", "the export of a snapshot") from None
+        assert found is not None
+        return found
+
+    async def take_in(self, snapshot_id: str, spec: NodeImport, data: AsyncIterator[bytes]) -> NodeSnapshot:
+        """Create a snapshot from such a tar. InvalidConfig, ImageError, Unsupported, StorageFull."""
+        if not _ID.fullmatch(snapshot_id):
+            raise InvalidConfig(f"snapshot_id={snapshot_id[:64]!r} is no id of a snapshot", hint="use 32 hex digits")
+        if (known := self._known.get(snapshot_id)) is not None:
+            return known
+        runtime, reader = self._moving(), Reader(data)
+        manifest = await reader.manifest()
+        size = await runtime.import_layers(
+            snapshot_id, manifest.sandbox_id, manifest.image, manifest.image_digest, manifest.layers,
+            lambda number: reader.layer(number, manifest.layers[number]))  # fmt: skip
+        made = NodeSnapshot(
+            snapshot_id=snapshot_id, sandbox_id=manifest.sandbox_id, tenant=spec.tenant, name=spec.name,
+            image=manifest.image, memory="session" if manifest.memory == "session" else "files", files="import",
+            bytes=size, layers=len(manifest.layers), left_out=manifest.left_out, created_at=time.time())  # fmt: skip
+        shells = Shells([one.model_dump(mode="json") for one in manifest.sessions], manifest.env)
+        try:
+            await faults.point("node.import.unpacked")
+            await asyncio.to_thread(self._write, made, shells)
+        except OSError as error:
+            for forking in self._forking():
+                with contextlib.suppress(RockError):
+                    await forking.drop_snapshot(snapshot_id)
+            raise atomic_file.not_kept(error, manifest.sandbox_id, "a snapshot") from None
+        self._known[snapshot_id], self._shells[snapshot_id] = made, shells
+        return made
+
+    def _moving(self) -> MovesSnapshots:
+        """The runtime that has the snapshots. Unsupported."""
+        found = self._runtimes.of(SandboxConfig(image="host"))
+        if not isinstance(found, MovesSnapshots):
+            raise Unsupported(f"runtime {found.name!r} cannot export and import snapshots",
+                              hint="use the namespace runtime")
+        return found
+
+    def _scratch(self) -> Path:
+        """Where layers are stored until they are sent; removed at the start."""
+        folder = self._folder.parent / "exports"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
 
     # ---- delete ----
 

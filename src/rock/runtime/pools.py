@@ -1,11 +1,11 @@
-"""Capabilities of runtimes that create sandboxes before they are requested: warm pools."""
+"""Capabilities of runtimes that create sandboxes before they are requested (warm pools), and that move snapshots."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.runtime.base import Capability, Handle
 
 
@@ -23,6 +23,25 @@ class Resizes(Protocol, metaclass=Capability):
 
     def resize_pool(self, size: int | None) -> None:
         """Set the number of warm sandboxes for each recently used image; None is that of the settings."""
+        ...
+
+
+@runtime_checkable
+class MovesSnapshots(Protocol, metaclass=Capability):
+    """The runtime exports snapshots as layers, and imports them (decision 60)."""
+
+    def layer_count(self, snapshot_id: str) -> int:
+        """The number of layers of a snapshot above its image. NotFound."""
+        ...
+
+    def export_layer(self, snapshot_id: str, number: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        """The tar of a layer, and at the end its summary; number 0 is the oldest one. InvalidConfig."""
+        ...
+
+    async def import_layers(self, snapshot_id: str, sandbox_id: str, image: str, image_digest: str,
+                            layers: Sequence[ArchivedFiles], data: Callable[[int], AsyncIterator[bytes]]) -> int | None:
+        """Create a snapshot of layers, the oldest first; returns the size of the newest. data: the tar of a layer by
+        its number, asked for in order. ImageError for another image, InvalidConfig for what no layer can be."""
         ...
 
 

@@ -30,6 +30,7 @@ from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
 from rock.protocol.snapshots import SnapshotInfo, SnapshotList
 from rock.protocol.wire import explain
 from rock.sdk import primitives
+from rock.sdk.archive import FileSource, Incoming
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
 from rock.sdk.jobs import Jobs
@@ -38,6 +39,7 @@ from rock.sdk.sandbox.runs import Runs, Upstreams
 from rock.sdk.transport import Transport
 
 STOP_TIMEOUT = 120.0
+TRANSFER_TIMEOUT = 600.0  # seconds of silence
 
 
 class SandboxChange(TypedDict, total=False):
@@ -154,6 +156,29 @@ class Client(primitives.Face):
         """Delete a snapshot; its files stay while sandboxes or other snapshots use them. NotFound."""
         target = ROUTES["delete_snapshot"].url(snapshot=snapshot) + query_string({"tenant": tenant})
         return parse(SnapshotInfo, await self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
+
+    async def export_snapshot(self, snapshot: str, path: str | os.PathLike[str], *, tenant: str | None = None) -> None:
+        """Write a snapshot to a local tar: its files and the state of its shells, without the memory of processes. The
+        file is replaced at once, when all has arrived. NotFound, Unsupported."""
+        target = ROUTES["export_snapshot"].url(snapshot=snapshot) + query_string({"tenant": tenant})
+        async with await self.transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            incoming = await primitives.in_thread(Incoming, path)
+            try:
+                async for part in answer:
+                    await primitives.in_thread(incoming.write, part)
+                await primitives.in_thread(incoming.keep)
+            except BaseException:
+                incoming.drop()
+                raise
+
+    async def import_snapshot(self, path: str | os.PathLike[str], *, name: str | None = None,
+                              worker: str | None = None, ttl_seconds: float | None = None) -> SnapshotInfo:
+        """Create a snapshot from an exported one, also of another server; its image has to be on the worker.
+        InvalidConfig, ImageError, Conflict, StorageFull."""
+        query = query_string({"name": name, "worker": worker, "ttl_seconds": ttl_seconds})
+        answer = await self.transport.json_raw("POST", ROUTES["import_snapshot"].path + query, FileSource(path),
+                                               timeout=TRANSFER_TIMEOUT, content_type="application/x-tar")  # fmt: skip
+        return parse(SnapshotInfo, answer)
 
     async def set_pool(self, name: str, *, image: str | None = None, snapshot: str | None = None, memory: str = "8g",
                        network: Literal["none", "nat"] = "none", minimum: int = 1, maximum: int = 8,

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rock import settings
-from rock.protocol.keys import NOTE, OWNER_KEY
 from rock.protocol.routes import OTHER_KEY
 from rock.sdk.http import Address
+from rock.settings import NOTE, OWNER_KEY
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FRESH = 1.0  # seconds for which a key is not looked at again

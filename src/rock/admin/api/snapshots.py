@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from rock.admin.tenants import TenantServices
 from rock.protocol.pools import PoolInfo, PoolList, SetPool
 from rock.protocol.recordings import RecordedEntries, RecordingInfo, RepeatRecording
 from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import NAME_PATTERN
 from rock.protocol.snapshots import SnapshotInfo, SnapshotList
 
 
@@ -35,6 +37,23 @@ def add_routes(app: FastAPI, tenant_services: TenantServices) -> None:
         """A snapshot by its id or name, with the sandboxes that run on it. `tenant`: its tenant, for the server's owner
         alone."""
         return _json(await tenant_services(request.scope).get_snapshot(snapshot, tenant))
+
+    @app.get(ROUTES["export_snapshot"].path, summary=ROUTES["export_snapshot"].summary, tags=["snapshots"],
+             response_class=StreamingResponse)
+    async def export_snapshot(request: Request, snapshot: str, tenant: str = "") -> StreamingResponse:
+        """A snapshot as a tar, for an import. `tenant`: as of get_snapshot."""
+        stream = await tenant_services(request.scope).export_snapshot(snapshot, tenant)
+        return StreamingResponse(stream, media_type="application/x-tar")
+
+    @app.post(**_row("import_snapshot", SnapshotInfo))
+    async def import_snapshot(
+        request: Request, name: Annotated[str | None, Query(pattern=NAME_PATTERN)] = None,
+        worker: Annotated[str | None, Query(max_length=128)] = None,
+        ttl_seconds: Annotated[float | None, Query(gt=0, le=10 * 365 * 86400)] = None,
+    ) -> Response:  # fmt: skip
+        """Create a snapshot from an exported one. `worker`: where; by default the server chooses."""
+        service = tenant_services(request.scope)
+        return _json(await service.import_snapshot(name, worker, ttl_seconds, request.stream()))
 
     @app.delete(**_row("delete_snapshot", SnapshotInfo))
     async def delete_snapshot(request: Request, snapshot: str, tenant: str = "") -> Response:

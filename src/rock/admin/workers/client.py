@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlencode
 
 import orjson
 from pydantic import BaseModel
@@ -34,7 +35,7 @@ from rock.protocol.node import (
 from rock.protocol.pools import NodePools, NodePoolStates
 from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
-from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
+from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeImport, NodeSnapshot, NodeSnapshots
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -137,6 +138,14 @@ class Worker(Protocol):
 
     async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
         """Return a running sandbox to a snapshot. NotFound, Conflict, Unsupported."""
+        ...
+
+    def export_snapshot(self, snapshot_id: str) -> AsyncGenerator[bytes]:
+        """A snapshot as a tar. NotFound, Unsupported."""
+        ...
+
+    async def import_snapshot(self, snapshot_id: str, spec: NodeImport, data: AsyncIterator[bytes]) -> NodeSnapshot:
+        """Create a snapshot from such a tar. InvalidConfig, ImageError, StorageFull."""
         ...
 
     async def delete_snapshot(self, snapshot_id: str) -> NodeSnapshots:
@@ -329,6 +338,26 @@ class WireWorker:
     async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
         body = {"snapshot_id": snapshot_id}
         return await self._call(NodeSandbox, "node_rollback", "", body, sandbox_id=sandbox_id)
+
+    async def export_snapshot(self, snapshot_id: str) -> AsyncGenerator[bytes]:
+        row = ROUTES["node_export_snapshot"]
+        async with contextlib.aclosing(self._stream(row.method, row.url(snapshot_id=snapshot_id), "", None)) as reply:
+            status = await anext(reply)
+            if status != 200:
+                body = b"".join([part async for part in reply if isinstance(part, bytes)])
+                raise from_wire(orjson.loads(body) if body else {}, int(status))
+            async for part in reply:
+                assert isinstance(part, bytes)
+                yield part
+
+    async def import_snapshot(self, snapshot_id: str, spec: NodeImport, data: AsyncIterator[bytes]) -> NodeSnapshot:
+        row = ROUTES["node_import_snapshot"]
+        query = urlencode({"tenant": spec.tenant, "name": spec.name or ""})
+        reply = self._stream(row.method, row.url(snapshot_id=snapshot_id), query, data)
+        async with contextlib.aclosing(reply):
+            status = await anext(reply)
+            found = b"".join([part async for part in reply if isinstance(part, bytes)])
+        return _parsed(NodeSnapshot, int(status), found)
 
     async def delete_snapshot(self, snapshot_id: str) -> NodeSnapshots:
         return await self._call(NodeSnapshots, "node_delete_snapshot", snapshot_id=snapshot_id)

@@ -1,4 +1,4 @@
-"""`rock checkpoint`, `rock rollback`, `rock fork`, `rock forkable`, and `rock snapshot ls|show|rm|tree`."""
+"""`rock checkpoint`, `rollback`, `fork`, `forkable`, and `rock snapshot ls|show|rm|export|import|tree`."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def fork(sandbox: str, count: int, json_: bool, **options: Any) -> None:
 
 @click.group(cls=Group)
 def snapshot() -> None:
-    """List, show and delete snapshots.
+    """List, show, delete, export and import snapshots.
 
     `rock checkpoint` takes one, `rock run --snapshot` and `rock fork` start sandboxes from one.
     """
@@ -161,6 +161,35 @@ def rm(names: tuple[str, ...], tenant: str | None) -> int:
         except RockError as error:
             failed = fail(error)
     return failed
+
+
+@snapshot.command(example="rock snapshot export before before.tar")
+@click.argument("name", metavar="SNAPSHOT")
+@click.argument("path", metavar="FILE", type=click.Path(dir_okay=False))
+@_tenant
+def export(name: str, path: str, tenant: str | None) -> None:
+    """Write a snapshot to a tar.
+
+    It has the files and the state of the shells, without the memory of processes.
+    """
+    with busy(f"exporting the snapshot {name}"):
+        _client().export_snapshot(name, path, tenant=tenant)
+
+
+@snapshot.command("import", example="rock snapshot import before.tar --name before")
+@click.argument("path", metavar="FILE", type=click.Path(exists=True, dir_okay=False))
+@_name
+@click.option("--worker", help="Worker that gets the snapshot; by default the server chooses.")
+@_ttl
+@json_option
+def import_(path: str, json_: bool, **options: Any) -> None:
+    """Create a snapshot from an exported one.
+
+    Its image has to be on the worker.
+    """
+    with busy(f"importing {path}"):
+        made = _client().import_snapshot(path, **options)
+    _report(made, json_)
 
 
 @snapshot.command(example="rock snapshot tree")

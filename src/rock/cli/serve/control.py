@@ -52,7 +52,7 @@ from rock.protocol.node import (
 )
 from rock.protocol.pools import NodePools, NodePoolStates
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
-from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeSnapshot, NodeSnapshots
+from rock.protocol.snapshots import NodeCheckpoint, NodeForkable, NodeImport, NodeSnapshot, NodeSnapshots
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.node import Node
 from rock.settings import Settings
@@ -424,6 +424,12 @@ class LocalWorker:
 
     async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
         return await self._node.rollback(sandbox_id, snapshot_id)
+
+    def export_snapshot(self, snapshot_id: str) -> AsyncGenerator[bytes]:
+        return self._node.snapshots.export(snapshot_id)
+
+    async def import_snapshot(self, snapshot_id: str, spec: NodeImport, data: AsyncIterator[bytes]) -> NodeSnapshot:
+        return await self._node.snapshots.take_in(snapshot_id, spec, data)
 
     async def delete_snapshot(self, snapshot_id: str) -> NodeSnapshots:
         return await self._node.snapshots.delete(snapshot_id)

@@ -15,7 +15,7 @@ from typing import Any
 
 from rock.errors import Conflict, InvalidConfig, StorageFull
 from rock.host import atomic_file
-from rock.protocol.keys import NOTE, OWNER_KEY
+from rock.settings import NOTE, OWNER_KEY
 
 
 def _lock(fd: int) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from rock.admin.sandboxes.lifecycle import new_info
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.host import atomic_file
-from rock.protocol.keys import RESTORED, STORE_NOTE
 from rock.protocol.node import VolumeInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.rocklet.node import Node
+from rock.settings import RESTORED, STORE_NOTE
 from rock.store.base import Record, Store
 
 log = logging.getLogger("rock.server")

@@ -20,9 +20,8 @@ from rock.cli.serve.home import Home, make_private
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unavailable, Unsupported
 from rock.gateway.runs import CALLS_FILE, REPLAY_FILE, RUN_FILE
 from rock.host import atomic_file
-from rock.protocol.keys import RESTORED
-from rock.protocol.keys import STORE_NOTE as NOTE
-from rock.settings import Settings
+from rock.settings import RESTORED, Settings
+from rock.settings import STORE_NOTE as NOTE
 from rock.store.migrations import SQLITE
 
 _STORE, _CATALOGUE, _ABOUT = "rock.sqlite", "envhub.sqlite", "about.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -35,7 +35,7 @@ from rock.protocol.pools import NodePools
 from rock.protocol.route import SANDBOX, Route
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.protocol.snapshots import NodeCheckpoint, NodeRollback
+from rock.protocol.snapshots import NodeCheckpoint, NodeImport, NodeRollback
 from rock.rocklet import ports
 from rock.rocklet.api import environments, files, frames
 from rock.rocklet.commands import programs, terminal
@@ -95,6 +95,8 @@ class Api:
             "node_pools",
             "node_define_pools",
             "node_snapshots",
+            "node_export_snapshot",
+            "node_import_snapshot",
             "node_checkpoint",
             "node_forkable",
             "node_rollback",
@@ -379,6 +381,22 @@ class Api:
 
     async def node_snapshots(self, request: Request) -> Answer:
         return answer_model(self.node.snapshots.inventory())
+
+    async def node_export_snapshot(self, request: Request) -> Answer:
+        stream = self.node.snapshots.export(request.path["snapshot_id"])
+        first = await anext(stream)  # errors before it have a status
+
+        async def whole() -> AsyncGenerator[bytes]:
+            async with contextlib.aclosing(stream):
+                yield first
+                async for part in stream:
+                    yield part
+
+        return Answer(stream=whole(), content_type=b"application/x-tar")
+
+    async def node_import_snapshot(self, request: Request) -> Answer:
+        spec = NodeImport(tenant=request.query.get("tenant", ""), name=request.query.get("name") or None)
+        return answer_model(await self.node.snapshots.take_in(request.path["snapshot_id"], spec, request.chunks()))
 
     async def node_checkpoint(self, request: Request) -> Answer:
         spec = await request.model(NodeCheckpoint)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors, faults
+from rock.host.child_process import Ended
 from rock.runtime.base import Handle
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace.launcher import ptrace
@@ -21,10 +22,14 @@ from rock.runtime.namespace.processes import state
 from rock.runtime.namespace.slots import Sandbox, Slots
 
 _STREAMS = "streams"
-_ATTEMPTS = 2
 _OVERHEAD = 8 << 20  # bytes of a template itself
 _MOST = 32  # templates
 _PAUSES = (0.003, 0.01, 0.03, 0.1)  # seconds before a look is repeated, such as while a process receives a signal
+
+
+class CopiesEnded(errors.StartFailed):
+    """The template or the launcher was killed while it started copies: another sandbox may succeed. In this one pid 1
+    may have seen the end of programs already."""
 
 
 class Copies:
@@ -83,7 +88,8 @@ class Copies:
     # ---- start ----
 
     async def start(self, sandbox: Sandbox, handle_id: str, snapshot_id: str, folder: str) -> None:
-        """Start copies of the processes in a new sandbox. StartFailed, Lost; the sandbox is then to be removed."""
+        """Start copies of the processes in a new sandbox. CopiesEnded, StartFailed, Lost; the sandbox is then to be
+        removed."""
         programs, size = await asyncio.to_thread(_programs, Path(folder), handle_id)
         link = sandbox.link
         assert link is not None
@@ -92,12 +98,12 @@ class Copies:
         try:
             await faults.point("namespace.processes.adopted")
             self._hold(snapshot_id, size)
-            for _ in range(_ATTEMPTS):
+            try:
                 done = await self._slots.launcher.ask("start", {
                     "snapshot": snapshot_id, "folder": folder, "pid": sandbox.pid, "start": sandbox.start,
                     "cgroups": list(sandbox.folders.values()), _STREAMS: reply[_STREAMS]}, fds)  # fmt: skip
-                if done.get("errno") != errno.ECHILD:  # else the template was killed, and what it had begun
-                    break
+            except Ended as error:  # its templates have ended with it
+                done = {"error": error.message, "errno": errno.ECHILD}
         finally:
             self._starting[snapshot_id] -= 1
             self._starting += Counter()  # without zeros
@@ -107,9 +113,10 @@ class Copies:
         await faults.point("namespace.processes.started")
         if "error" not in done:
             return
-        raise errors.StartFailed(f"the processes of snapshot {snapshot_id} could not be started: {done['error']}",
-                                 sandbox_id=handle_id,
-                                 hint="raise the limits of the sandbox, or take a snapshot with memory=\"session\"")
+        kind = CopiesEnded if done.get("errno") == errno.ECHILD else errors.StartFailed
+        raise kind(f"the processes of snapshot {snapshot_id} could not be started: {done['error']}",
+                   sandbox_id=handle_id,
+                   hint="raise the limits of the sandbox, or take a snapshot with memory=\"session\"")
 
 
 def _programs(folder: Path, sandbox_id: str) -> tuple[list[dict[str, Any]], int]:

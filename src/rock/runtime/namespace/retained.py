@@ -300,7 +300,7 @@ class StoppedSandboxes:
         rootfs = noted(handle.data["rootfs"])
         self._refuse_layers(handle)
         parts = packer_link.parts(self._slots.run_dir / handle.data["slot"], rootfs)
-        return packer_link.pack({**self._packer_options(parts), "limit": limit}, rootfs.digest)
+        return packer_link.pack({**self.packer_options(parts), "limit": limit}, rootfs.digest)
 
     def _refuse_layers(self, handle: Handle) -> None:
         if self._slots.layers.get(handle.data["slot"]):
@@ -330,7 +330,7 @@ class StoppedSandboxes:
                 stack.callback(link.close)
                 await link.request("pause")
             await asyncio.to_thread(refuse_written, places[1:])
-            data = packer_link.pack({**self._packer_options(places[:1]), "limit": limit}, rootfs.digest)
+            data = packer_link.pack({**self.packer_options(places[:1]), "limit": limit}, rootfs.digest)
             async for part in await stack.enter_async_context(contextlib.aclosing(data)):
                 yield part
 
@@ -342,7 +342,7 @@ class StoppedSandboxes:
         slots.making.add(slot)
         try:
             await asyncio.to_thread(make_empty, slots.run_dir, slot, id, rootfs)
-            options = self._packer_options(packer_link.parts(folder, rootfs))
+            options = self.packer_options(packer_link.parts(folder, rootfs))
             await packer_link.unpack({**options, "size": files.size, "digest": files.digest}, data)
             plain = {"id": id, "slot": slot, "cgroups": {}, "rootfs": write_note(rootfs)}
             enforced = slots.limiter.enforced()
@@ -354,7 +354,7 @@ class StoppedSandboxes:
         finally:
             slots.making.discard(slot)
 
-    def _packer_options(self, parts: list[dict[str, str]]) -> dict[str, Any]:
+    def packer_options(self, parts: list[dict[str, str]]) -> dict[str, Any]:
         """As root, files have their owners' ids as seen inside. Otherwise all belong to the server's user, and to root
         inside."""
         privileged = self._handles.isolation == Isolation.NAMESPACES

@@ -26,10 +26,12 @@ from rock.runtime.init.files import InitSandboxes
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import admission, retained
 from rock.runtime.namespace.admission import Kind
+from rock.runtime.namespace.copies import CopiesEnded
 from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.factory import Factory, RetainedFiles
 from rock.runtime.namespace.launcher import userns
 from rock.runtime.namespace.launcher.link import LaunchLink
+from rock.runtime.namespace.layer_transfer import LayerTransfer
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
 from rock.runtime.namespace.limits.limiter import MemoryWatch
@@ -73,6 +75,7 @@ class NamespaceRuntime(InitSandboxes):
         self._stopped = StoppedSandboxes(self._slots, self._handles, images)
         self._snapshots = Snapshots(
             self._slots, images, _quarter() if snapshot_memory is None else snapshot_memory)
+        self._layer_transfer = LayerTransfer(self._snapshots, self._stopped.packer_options)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
             sandbox.pid: (sandbox.memory, sandbox.count_kill)
@@ -240,11 +243,11 @@ class NamespaceRuntime(InitSandboxes):
                                          hint="check the cgroups of the worker with `rock doctor`") from None
         elif config.snapshot is None:
             sandbox = await self._made(id, kind, config)
-        else:
-            found = self._snapshots.get(config.snapshot)
-            sandbox = await self._made(id, kind, config, layers=found.layers, identity=found.identity)
         if config.snapshot is not None:
-            await self._copy(sandbox, id, config.snapshot)
+            found = self._snapshots.get(config.snapshot)
+            sandbox = await self._with_copies(sandbox, config.snapshot, id, lambda: self._made(
+                id, kind, config, layers=found.layers, identity=found.identity))
+        assert sandbox is not None
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
         if config.network == "nat":
             try:
@@ -253,6 +256,21 @@ class NamespaceRuntime(InitSandboxes):
                 await asyncio.shield(self._slots.discard(sandbox))
                 raise
         return handle
+
+    async def _with_copies(self, sandbox: Sandbox | None, snapshot_id: str, id: str,
+                           make: Callable[[], Awaitable[Sandbox]]) -> Sandbox:
+        """A sandbox with copies of the processes of a snapshot: this one, or one of `make`. When the launcher or a
+        template dies meanwhile, another one gets them, once."""
+        for left in (1, 0):
+            one = await make() if sandbox is None else sandbox
+            try:
+                await self._copy(one, id, snapshot_id)
+                return one
+            except CopiesEnded:
+                sandbox = None
+                if not left:
+                    raise
+        raise AssertionError("there are two attempts")
 
     async def _copy(self, sandbox: Sandbox, id: str, snapshot_id: str) -> None:
         """Start copies of the processes of a snapshot, if it has some."""
@@ -422,8 +440,8 @@ class NamespaceRuntime(InitSandboxes):
     async def replace(self, handle: Handle, config: SandboxConfig, snapshot_id: str) -> Handle:
         found = self._snapshots.get(snapshot_id)
         rootfs = self._snapshots.rootfs(snapshot_id)
-        sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, layers=found.layers)
-        await self._copy(sandbox, handle.id, snapshot_id)
+        sandbox = await self._with_copies(None, snapshot_id, handle.id, lambda: self._made(
+            handle.id, Kind.of(rootfs, config), config, layers=found.layers))
         replaced = self._handles.claimed(sandbox, handle.id, rootfs, config)
         if config.network == "nat":
             try:
@@ -441,6 +459,20 @@ class NamespaceRuntime(InitSandboxes):
 
     async def drop_snapshot(self, snapshot_id: str) -> bool:
         return await self._snapshots.drop(snapshot_id)
+
+    def layer_count(self, snapshot_id: str) -> int:
+        return self._layer_transfer.count(snapshot_id)
+
+    def export_layer(self, snapshot_id: str, number: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        return self._layer_transfer.export(snapshot_id, number)
+
+    async def import_layers(self, snapshot_id: str, sandbox_id: str, image: str, image_digest: str,
+                            layers: Sequence[ArchivedFiles], data: Callable[[int], AsyncIterator[bytes]]) -> int | None:
+        rootfs = await asyncio.to_thread(self._images.resolve, image)
+        if rootfs.digest != image_digest:
+            raise errors.ImageError(f"image {image} is not the one of the snapshot",
+                                    hint="bring that image to this machine under its name")
+        return await self._layer_transfer.take_in(snapshot_id, sandbox_id, rootfs, layers, data)
 
     # ---- archives ----
 

@@ -270,7 +270,7 @@ class Snapshots:
         await self.collected()  # the remains of an earlier attempt
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
         try:
-            await asyncio.to_thread(self._make, folder)
+            await asyncio.to_thread(self.make_folder, folder)
             left_out = await asyncio.to_thread(_left_out, sandbox.pid)
             reasons: list[str] = []
             copied: Sequence[str] | None = None
@@ -327,7 +327,7 @@ class Snapshots:
         reply = await self.copies.take(sandbox, spec, link, sandbox.slot, self._space(), dry=True)
         return [str(reason) for reason in reply.get("refused", [reply.get("error")])]
 
-    def _make(self, folder: str) -> None:
+    def make_folder(self, folder: str) -> None:
         """Create the folder of a layer. OSError, also when little space is left, which running sandboxes need."""
         if self._space() <= 0:
             raise OSError(errno.ENOSPC, "less than 1 % of the disk, or 512 MiB, is left")
@@ -404,11 +404,7 @@ class Snapshots:
 
     def _complete(self, made: Snapshot, rootfs: RootFS) -> Snapshot:
         folder = Path(self.folder(made.id))
-        for name in _MOUNT_POINTS:
-            path = folder / "upper" / name
-            if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise errors.Unsupported(f"/{name} of the sandbox is not a folder, so nothing can start from it",
-                                         sandbox_id=made.sandbox, hint="restore it")  # fmt: skip
+        refuse_mount_points(str(folder), made.sandbox)
         for name in os.listdir(folder):
             if name.startswith("work"):
                 remove_tree(str(folder / name))
@@ -416,6 +412,13 @@ class Snapshots:
                                                             rootfs.layers))  # fmt: skip
         atomic_file.replace(folder / "record.json", atomic_file.summed(json.dumps(dataclasses.asdict(made))))
         return made
+
+    async def add(self, made: Snapshot, rootfs: RootFS) -> None:
+        """Record a snapshot whose layers were imported. OSError."""
+        made = await asyncio.to_thread(self._complete, made, rootfs)
+        self._known[made.id] = made
+        with contextlib.suppress(errors.ImageError):
+            self._leases[made.id] = self._images.lease(rootfs)
 
     # ---- delete ----
 
@@ -438,6 +441,15 @@ class Snapshots:
         """Wait for the removal of unused layers."""
         if self._removing:
             await asyncio.gather(*self._removing)
+
+
+def refuse_mount_points(folder: str, sandbox_id: str) -> None:
+    """Raise Unsupported for a layer in which a mount point is not a folder. Blocking."""
+    for name in _MOUNT_POINTS:
+        path = f"{folder}/upper/{name}"
+        if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise errors.Unsupported(f"/{name} of the sandbox is not a folder, so nothing can start from it",
+                                     sandbox_id=sandbox_id, hint="restore it")  # fmt: skip
 
 
 def _identity(frozen: Sequence[str], image: Sequence[str]) -> list[str]:
