@@ -63,7 +63,8 @@ unit: $(VENV)/ready-dev
 rootless: $(VENV)/ready-dev
 	ROCK_TEST_ROOTLESS=1 $(PY) -m pytest tests/test_rootless.py
 
-# The site of the documentation, in build/site. It fails on a warning: broken links and anchors, missing pages.
+# The site of the documentation, in build/site/VERSION: sites of other versions stay beside it. It fails on a warning:
+# broken links and anchors, missing pages.
 DOCS_VENV = $${ROCK_TEST_CACHE:-$$HOME/.cache/rock-tests}/docs/venv
 
 docs: requirements-docs.lock
@@ -71,7 +72,8 @@ docs: requirements-docs.lock
 		$(PYTHON) -m venv --clear $(DOCS_VENV) && \
 		$(DOCS_VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements-docs.lock && \
 		cp requirements-docs.lock $(DOCS_VENV)/lock; }
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(DOCS_VENV)/bin/mkdocs build
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(DOCS_VENV)/bin/mkdocs build \
+		--site-dir build/site/$$(sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 
 # What `test` has a few of, or smaller: more moments for a crash, larger files, more of each.
 long: $(VENV)/ready-dev

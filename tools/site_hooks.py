@@ -4,10 +4,13 @@
 - reference/sdk.md lists the public names of the SDK, whose docstrings mkdocstrings renders.
 - reference/http.md is the table of routes.
 - Links to folders of the repository, which are not on the site, become plain text.
+- versions.json beside the site lists the versions there, which the site's header offers, and index.html leads to the
+  highest one.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import sys
@@ -55,6 +58,16 @@ def _moved(text: str, name: str, files: Files) -> str:
         return f"[{label}]({PAGES.get(target, target)}{anchor})"
 
     return _LINK.sub(link, text)
+
+
+def on_post_build(config: Any) -> None:
+    folder = Path(config.site_dir).parent
+    names = [path.parent.name for path in folder.glob("*/404.html")]
+    names.sort(key=lambda name: [int(part) if part.isdecimal() else -1 for part in name.split(".")], reverse=True)
+    versions = [{"version": name, "title": name, "aliases": ["latest"] if name == names[0] else []} for name in names]
+    (folder / "versions.json").write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    (folder / "index.html").write_text(f'<meta http-equiv="refresh" content="0; url={names[0]}/index.html">\n',
+                                       encoding="utf-8")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
