@@ -139,5 +139,6 @@ class AutoPause:
         """The usage with the state of the pause."""
         if usage is None:
             return None
+        paused = self.paused and not self._lock.locked()
         return usage.model_copy(update={
-            "auto_paused": self.paused, "swapped_bytes": self._swapped, "not_swapped": self._not_swapped})  # fmt: skip
+            "auto_paused": paused, "swapped_bytes": self._swapped, "not_swapped": self._not_swapped})  # fmt: skip

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from rock import faults
-from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StartFailed, Unsupported
 from rock.host import atomic_file
 from rock.protocol.action import CreateBashSessionRequest
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
@@ -248,6 +248,9 @@ class Snapshots:
         await sandbox.sessions.recover({name: one["spec"] for name, one in sessions.items()},
                                        await sandbox.runtime.processes(sandbox.handle),
                                        sandbox.journal)  # fmt: skip
+        if missing := [name for name in sessions if name not in sandbox.sessions]:
+            raise StartFailed(f"the shell of session {missing[0]} ended while it was copied", sandbox_id=sandbox.id,
+                              hint="retry")
         env = {name: value for name, value in sandbox.config.env.items() if shells.env.get(name) != value}
         for session in sandbox.sessions:
             known = sessions.get(session.spec.session)

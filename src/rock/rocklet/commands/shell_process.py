@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rock.errors import NotFound, RockError
+from rock.errors import NotFound, RockError, SessionClosed
 from rock.protocol.action import BashObservation, CreateBashSessionRequest
 from rock.rocklet.commands import shell_protocol
 from rock.rocklet.commands.output import Capped, Reader, as_text, is_pipe, write_all, write_now
@@ -149,9 +149,11 @@ class ShellProcess:
         self._adopt(await runtime.attach(handle, KEY + self.spec.session))
 
     def _adopt(self, process: Process) -> None:
-        self.process = process
         dialect = self.shell.dialect
-        assert process.stdout is not None
+        if process.stdout is None or dialect.status not in process.channels:  # it has ended, and pid 1 has closed them
+            process.close()
+            raise SessionClosed(f"the shell of session {self.spec.session} has ended", hint="open a new session")
+        self.process = process
         self.reports = shell_protocol.ReportParser()
         self.readers = [Reader(process.stdout, lambda data: self._on_output(False, data))]
         if dialect.errors in process.channels:
