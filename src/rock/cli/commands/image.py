@@ -130,7 +130,7 @@ def build_image(
     }  # fmt: skip
     with TemporaryDirectory(prefix="rock-context-") as folder:
         if path == "-":
-            _receive_context(Path(folder))
+            receive_context(Path(folder))
             path = folder
             file = None if file is None else os.path.join(folder, file)
         made = client().build_image(path, tag, dockerfile=file, progress=_show, **fields)
@@ -139,7 +139,7 @@ def build_image(
           file=sys.stderr)  # fmt: skip
 
 
-def _receive_context(folder: Path) -> None:
+def receive_context(folder: Path) -> None:
     """Write the standard input into a folder: a tar is unpacked, any other text is the Dockerfile. InvalidConfig."""
     with TemporaryFile() as received:
         shutil.copyfileobj(sys.stdin.buffer, received)
