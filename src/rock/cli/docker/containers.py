@@ -26,6 +26,7 @@ from rock.sync.primitives import gather
 LABEL = "rock.docker"
 LIVING = "pending,running,stopping"
 KILLED = 137
+_LIST = "`docker ps -a` lists the containers"
 _LONGEST = 4096  # characters of a recorded command line
 _ENDED = (State.STOPPED, State.ARCHIVING, State.ARCHIVED)
 
@@ -129,7 +130,7 @@ def find(server: Client, text: str) -> Container:
         return filled(server, server.get_sandbox(text))
     except (NotFound, InvalidConfig) as error:
         if isinstance(error, InvalidConfig) and not text:
-            raise NotFound("no such container: an empty name") from None
+            raise NotFound("No such container: an empty name", hint=_LIST) from None
     for states in (LIVING, None):
         known = [info for info in server.list_sandboxes(states) if info.state is not State.DELETED]
         found = [info for info in known if info.name == text][:1] or [
@@ -138,13 +139,13 @@ def find(server: Client, text: str) -> Container:
             raise InvalidConfig(f"multiple IDs found with provided prefix: {text}", hint="write more digits of the id")
         if found:
             return filled(server, found[0])
-    raise NotFound(f"No such container: {text}")
+    raise NotFound(f"No such container: {text}", hint=_LIST)
 
 
 def filled(server: Client, info: SandboxInfo) -> Container:
     """A container of a sandbox, with the state of its main program."""
     if info.state is State.DELETED:
-        raise NotFound(f"No such container: {info.sandbox_id}")
+        raise NotFound(f"No such container: {info.sandbox_id}", hint=_LIST)
     container = Container(info, Record.of(info))
     if container.record.process and info.state is State.RUNNING and not info.paused_at:
         try:
@@ -155,8 +156,9 @@ def filled(server: Client, info: SandboxInfo) -> Container:
 
 
 def listed(server: Client, states: str | None) -> list[Container]:
-    """Containers, newest first."""
-    known = [info for info in server.list_sandboxes(states) if info.state is not State.DELETED]
+    """Containers, newest first. A sandbox that never started is no container."""
+    known = [info for info in server.list_sandboxes(states)
+             if info.state is not State.DELETED and info.cause is not Cause.START_FAILED]  # fmt: skip
     found = gather([partial(filled, server, info) for info in known], 16)
     return [one for one in found if isinstance(one, Container)]
 

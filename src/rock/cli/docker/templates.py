@@ -165,7 +165,10 @@ def _term(term: tuple[str, Any], value: Any, root: Any) -> Any:
     if kind == "pipeline":
         return _value(token, value, root)
     if kind == "text":
-        return token[1:-1] if token[0] == "`" else json.loads(token, strict=False)
+        try:
+            return token[1:-1] if token[0] == "`" else json.loads(token, strict=False)
+        except ValueError:
+            raise _wrong("unsupported escape sequence", token) from None
     if kind == "number":
         return int(token)
     if kind == "word":
