@@ -87,7 +87,8 @@ def routes(paths: dict[str, Any]) -> list[str]:
         for method in methods if method in _METHODS and name_of(method.upper(), path)
     }  # fmt: skip
     lines = ["/** Method and path of each operation. */", "export const ROUTES = {"]
-    lines += [f"  {name}: [{json.dumps(method)}, {json.dumps(path)}]," for name, (method, path) in sorted(found.items())]
+    rows = sorted(found.items())
+    lines += [f"  {name}: [{json.dumps(method)}, {json.dumps(path)}]," for name, (method, path) in rows]
     return [*lines, "} as const;", "", "export type Operation = keyof typeof ROUTES;", ""]
 
 

@@ -175,6 +175,9 @@ export class Transport {
     } catch (error) {
       if (error instanceof RockError) throw error;
       if (request.signal?.aborted) throw error;
+      if ((error as { cause?: { message?: string } }).cause?.message === "bad port") {
+        throw new InvalidConfig(`fetch sends no request to the port of ${this.url}`, { hint: "use another port" }, error);
+      }
       throw this.away(error, control.signal.reason === TIMED_OUT, answered, seconds);
     } finally {
       clearTimeout(timer);

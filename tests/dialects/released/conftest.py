@@ -77,6 +77,12 @@ def released_server(tmp_path_factory: pytest.TempPathFactory, env_images: Path) 
 
 
 @pytest.fixture
+def systems() -> dict[str, System]:
+    """The rows of the table."""
+    return SYSTEMS
+
+
+@pytest.fixture
 def run_script(released_server: RunningServer) -> Callable[..., System]:
     """Run a script with the address and the key of the server; each of its checks is recorded."""
 

@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.conftest import IMAGE, RunningServer
-from tests.dialects.released.conftest import OWNER, SYSTEMS
+from tests.conftest import RunningServer
+from tests.dialects.released.conftest import OWNER
 from tests.ui.browser import Missing, typescript
 
 CLIENT = Path(__file__).parents[3] / "clients" / "typescript"
@@ -31,10 +32,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_client_for_typescript(released_server: RunningServer, built: Path) -> None:
-    system = SYSTEMS["typescript"]
+def test_the_client_for_typescript(released_server: RunningServer, built: Path, systems: dict[str, Any]) -> None:
+    system = systems["typescript"]
     system.version = json.loads((built / "package.json").read_text())["version"]
-    environ = {**os.environ, "ROCK_BASE_URL": released_server.url, "ROCK_API_KEY": OWNER, "ROCK_TEST_IMAGE": IMAGE,
+    environ = {**os.environ, "ROCK_BASE_URL": released_server.url, "ROCK_API_KEY": OWNER, "ROCK_TEST_IMAGE": "host",
                "ROCK_TEST_ENVIRONMENT": "CartPole-v1"}  # fmt: skip
     done = subprocess.run(["node", "test/client.mjs"], cwd=built, env=environ, capture_output=True, text=True,
                           timeout=600)  # fmt: skip

@@ -16,7 +16,9 @@ from pathlib import Path
 import click
 
 from rock import __version__
+from rock.cli.connection import client
 from rock.cli.docker.flags import REFUSED, Call, Flag, Refused, Spec, help_of, parse, usage
+from rock.cli.docker.templates import compiled, expanded
 from rock.cli.output import printable
 from rock.cli.parsing import OWN_OPTIONS_FIRST, ProgramCommand, command
 from rock.errors import RockError
@@ -272,9 +274,6 @@ def _version(name: str, rest: list[str]) -> int:
     if name != "version":
         print(f"Docker commands of ROCK version {__version__}")
         return 0
-    from rock.cli.connection import client
-    from rock.cli.docker.templates import compiled, expanded
-
     spec = Spec("version", "[OPTIONS]", (replace(_FORMAT),), 0, 0)
     call = parse(spec, rest)
     fields = {"Client": {"Version": __version__, "Platform": {"Name": "ROCK"}},

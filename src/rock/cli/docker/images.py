@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rock.cli.commands.image import receive_context
+from rock.cli.commands.image import open_store, receive_context, records
 from rock.cli.connection import client, new_sandbox, variables
 from rock.cli.docker.containers import duration, timestamp
 from rock.cli.docker.flags import Call, Refused
 from rock.cli.docker.templates import print_rows
-from rock.errors import NotFound, RockError
-from rock.settings import Settings
-
-if TYPE_CHECKING:  # the client runs on machines that cannot store images
-    from rock.images.records import ImageRecord
+from rock.errors import RockError
 
 NETWORKS = {"none": "none", "default": "nat", "bridge": "nat", "nat": "nat", "host": "host"}
 _TAGS = 16  # of one build
@@ -82,10 +79,10 @@ def images(call: Call) -> int:
         raise Refused("docker: 'docker images' requires at most 1 argument", 1, usage=True)
     wanted = call.words[0] if call.words else None
     rows = []
-    for record in sorted(_records(), key=lambda one: one.created, reverse=True):
+    for record in sorted(records(), key=lambda one: one.created, reverse=True):
         repository, tag = _parts(record.name)
         if wanted is None or wanted in (repository, f"{repository}:{tag}", record.name):
-            rows.append(_row(record, repository, tag, call.on("no-trunc")))
+            rows.append(_row(asdict(record), repository, tag, call.on("no-trunc")))
     if call.on("quiet"):
         for one in rows:
             print(one["ID"])
@@ -94,25 +91,19 @@ def images(call: Call) -> int:
     return 0
 
 
-def _records() -> list[ImageRecord]:
-    from rock.images.gc import is_step
-    from rock.images.store import ImageStore
-
-    return [record for record in ImageStore.of(Settings.read()).list() if not is_step(record)]
-
-
 def _parts(name: str) -> tuple[str, str]:
     """(repository, tag) of a name; a colon before a slash belongs to a port."""
     repository, colon, tag = name.rpartition(":")
     return (repository, tag) if colon and "/" not in tag else (name, "latest")
 
 
-def _row(record: ImageRecord, repository: str, tag: str, whole: bool) -> dict[str, Any]:
-    identity = record.id or record.digest
+def _row(record: dict[str, Any], repository: str, tag: str, whole: bool) -> dict[str, Any]:
+    identity = record["id"] or record["digest"]
+    created = record["created"]
     return {
         "ID": identity if whole else identity.removeprefix("sha256:")[:12], "Repository": repository, "Tag": tag,
-        "Digest": record.digest, "CreatedSince": f"{duration(time.time() - record.created)} ago",
-        "CreatedAt": timestamp(record.created), "Size": _size(record.size),
+        "Digest": record["digest"], "CreatedSince": f"{duration(time.time() - created)} ago",
+        "CreatedAt": timestamp(created), "Size": _size(record["size"]),
     }  # fmt: skip
 
 
@@ -127,13 +118,9 @@ def _size(count: float) -> str:
 
 def document_of(name: str) -> dict[str, Any] | None:
     """The document of `docker inspect` of an image of this machine's store; None for an unknown name."""
-    from rock.images.store import ImageStore
-
     try:
-        record = ImageStore.of(Settings.read()).inspect(name)
-    except NotFound:
-        return None
-    except RockError:
+        record = open_store().inspect(name)
+    except RockError:  # NotFound, or no image can have this name
         return None
     repository, tag = _parts(record.name)
     return {

@@ -108,7 +108,8 @@ def test_templates(template: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "template", ["{{.Nope}}", "{{", "{{end}}", "{{if .ID}}", "{{nope .ID}}", "{{.ID | }}", "{{(.ID}}",
-                 "{{index .Names 9}}", "{{range .ID}}{{end}}", "{{}}", "{{" + "(" * 100 + "}}", "{{printf \"%x\" 1}}", "{{len .State.Pid}}",
+                 "{{index .Names 9}}", "{{range .ID}}{{end}}", "{{}}", "{{" + "(" * 100 + "}}",
+                 "{{printf \"%x\" 1}}", "{{len .State.Pid}}",
                  '{{"\\q"}}', "{{lt 1 .ID}}"],
 )  # fmt: skip
 def test_wrong_templates_are_errors(template: str) -> None:
