@@ -24,7 +24,6 @@ from rock.protocol.sandbox import parse_size
 from rock.settings import Settings
 
 if TYPE_CHECKING:  # the client runs on machines that cannot store images
-    from rock.images.records import ImageRecord
     from rock.images.registry.logins import Login
     from rock.images.store import ImageStore
 
@@ -50,8 +49,8 @@ def open_store() -> ImageStore:
     return ImageStore.of(Settings.read())
 
 
-def records(steps: bool = False) -> list[ImageRecord]:
-    """The images of this machine. steps: the cached steps of builds too."""
+def records(steps: bool = False) -> list[Any]:
+    """The images of this machine, each an ImageRecord. steps: the cached steps of builds too."""
     from rock.images.gc import is_step
 
     return [record for record in open_store().list() if steps or not is_step(record)]

@@ -26,6 +26,7 @@ from rock.sync.primitives import gather
 LABEL = "rock.docker"
 LIVING = "pending,running,stopping"
 KILLED = 137
+_MISSING = "no such container"
 _LIST = "`docker ps -a` lists the containers"
 _LONGEST = 4096  # characters of a recorded command line
 _ENDED = (State.STOPPED, State.ARCHIVING, State.ARCHIVED)
@@ -117,6 +118,14 @@ class Container:
         return self.info.stopped_at
 
 
+def refusal(error: RockError) -> str:
+    """An error of the server as Docker prints those of its daemon."""
+    text = error.message or type(error).__name__
+    if text.startswith(_MISSING):
+        text = text[:1].upper() + text[1:]
+    return f"Error response from daemon: {text}"
+
+
 def code_of(end: Any) -> int:
     """The exit code of an ended program: 128 and the number for a signal."""
     if end.signal is not None:
@@ -130,7 +139,7 @@ def find(server: Client, text: str) -> Container:
         return filled(server, server.get_sandbox(text))
     except (NotFound, InvalidConfig) as error:
         if isinstance(error, InvalidConfig) and not text:
-            raise NotFound("No such container: an empty name", hint=_LIST) from None
+            raise NotFound("no such container: an empty name", hint=_LIST) from None
     for states in (LIVING, None):
         known = [info for info in server.list_sandboxes(states) if info.state is not State.DELETED]
         found = [info for info in known if info.name == text][:1] or [
@@ -139,13 +148,13 @@ def find(server: Client, text: str) -> Container:
             raise InvalidConfig(f"multiple IDs found with provided prefix: {text}", hint="write more digits of the id")
         if found:
             return filled(server, found[0])
-    raise NotFound(f"No such container: {text}", hint=_LIST)
+    raise NotFound(f"no such container: {text}", hint=_LIST)
 
 
 def filled(server: Client, info: SandboxInfo) -> Container:
     """A container of a sandbox, with the state of its main program."""
     if info.state is State.DELETED:
-        raise NotFound(f"No such container: {info.sandbox_id}", hint=_LIST)
+        raise NotFound(f"no such container: {info.sandbox_id}", hint=_LIST)
     container = Container(info, Record.of(info))
     if container.record.process and info.state is State.RUNNING and not info.paused_at:
         try:

@@ -17,6 +17,7 @@ import click
 
 from rock import __version__
 from rock.cli.connection import client
+from rock.cli.docker.containers import refusal
 from rock.cli.docker.flags import REFUSED, Call, Flag, Refused, Spec, help_of, parse, usage
 from rock.cli.docker.templates import compiled, expanded
 from rock.cli.output import printable
@@ -235,7 +236,7 @@ def _run(name: str, rest: Sequence[str]) -> int:
         raise (_with_usage(error, spec) if error.usage else error) from None
     except RockError as error:
         if not programs:
-            raise Refused(f"Error response from daemon: {error.message}", 1, hint=error.hint or "") from None
+            raise Refused(refusal(error), 1, hint=error.hint or "") from None
         refused: Refused = home.failed_start(error, call.words[1:], "docker: " if name == "run" else "")
         if name == "exec" and refused.code == REFUSED:
             refused.code = 1

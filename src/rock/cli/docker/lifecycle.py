@@ -24,6 +24,7 @@ from rock.cli.docker.containers import (
     find,
     listed,
     own_labels,
+    refusal,
     row,
 )
 from rock.cli.docker.flags import Call, Refused
@@ -97,7 +98,7 @@ def _each(names: list[str], act: Callable[[Client, str], None]) -> int:
         try:
             act(server, name)
         except RockError as error:
-            print(f"Error response from daemon: {printable(error.message)}", file=sys.stderr)
+            print(printable(refusal(error)), file=sys.stderr)
             status = 1
         except Refused as error:
             print(printable(str(error)), file=sys.stderr)
@@ -173,7 +174,7 @@ def rm(call: Call) -> int:
         except NotFound as error:
             if not force:
                 raise
-            print(f"Error response from daemon: {error.message}", file=sys.stderr)
+            print(printable(refusal(error)), file=sys.stderr)
             return
         if not force and container.status in ("running", "paused"):
             raise Refused(f'Error response from daemon: cannot remove container "{name}": container is '
@@ -199,7 +200,7 @@ def wait(call: Call) -> int:
                 container = find(server, container.id)
             print(container.code)
         except RockError as error:
-            print(f"Error response from daemon: {printable(error.message)}", file=sys.stderr)
+            print(printable(refusal(error)), file=sys.stderr)
             status = 1
     return status
 

@@ -13,7 +13,7 @@ from typing import Any
 from rock.cli.commands.forward import port_pairs
 from rock.cli.commands.run import open_terminal, standard_input
 from rock.cli.connection import client, new_sandbox, variables
-from rock.cli.docker.containers import Record, code_of, find, running
+from rock.cli.docker.containers import Record, code_of, find, refusal, running
 from rock.cli.docker.flags import Call, Refused
 from rock.errors import InvalidConfig, NotFound, PermissionDenied, RockError
 from rock.protocol.sandbox import parse_size
@@ -297,4 +297,4 @@ def failed_start(error: RockError, argv: list[str], prefix: str) -> Refused:
         return Refused(f"{start}: permission denied", 126)
     if "neither ENTRYPOINT nor CMD" in message:
         return Refused(f"{prefix}Error response from daemon: no command specified", 125)
-    return Refused(f"{prefix}Error response from daemon: {message}", 125, hint=error.hint or "")
+    return Refused(f"{prefix}{refusal(error)}", 125, hint=error.hint or "")
