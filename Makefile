@@ -46,6 +46,7 @@ lint: $(VENV)/ready-dev
 	$(PY) tools/settings_reference.py --check
 	$(PY) tools/errors_reference.py --check
 	$(PY) tools/vendor.py --check
+	$(PY) tools/typescript_types.py --check
 	$(PY) -m tests.escape.syscall_table --check
 
 types: $(VENV)/ready-dev

@@ -71,6 +71,7 @@ ENTRIES = [
     Entry("doctor", "Server", "commands.doctor:doctor", "Check this machine, or the files of its server."),
     Entry("bench", "Server", "bench.bench:bench", "Measure this machine: results against a baseline."),
     Entry("completion", "Other", "commands.context:completion", "Print the completion script of a shell."),
+    Entry("docker", "Other", "docker.docker:docker", "Run sandboxes by commands of Docker's command line."),
     Entry("version", "Other", "commands.context:version", "Show the version of the client and of the server."),
 ]
 
@@ -132,6 +133,8 @@ def main() -> None:
     timeout, 125 for an error of rock, 126 for a program that cannot be executed, 127 for one that does not exist; 130
     for Ctrl-C.
     """
+    if Path(sys.argv[0]).name == "docker":  # a link of `rock docker install-link`
+        sys.argv[1:1] = ["docker"]
     try:
         status = app.main(prog_name="rock", complete_var=COMPLETION, standalone_mode=False) or 0
         sys.stdout.flush()

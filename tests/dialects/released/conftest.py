@@ -65,6 +65,7 @@ SYSTEMS = {
     "swerex": System("SWE-ReX (swe-rex)", ("swe-rex==1.4.0", "aiohttp")),
     "openenv": System("OpenEnv (openenv)", ("openenv==0.10.0", "click>=8.2", "orjson>=3.10", "websockets>=15")),
     "inspect": System("Inspect (inspect_ai)", ("inspect_ai==0.3.285", "click>=8.2", "orjson>=3.10", "websockets>=15")),
+    "typescript": System("Client for TypeScript (clients/typescript)", ()),
     "agentscope": System("AgentScope (agentscope-runtime)", ("agentscope-runtime==1.1.6.post2",)),
     "minisweagent": System("mini-SWE-agent (mini-swe-agent)", ("mini-swe-agent==2.4.6", *CLIENT)),
     # Its floor of certifi is newer than the newest release of the index.
@@ -125,6 +126,12 @@ def released_server(tmp_path_factory: pytest.TempPathFactory, env_images: Path) 
         pytest.skip(f"installs released clients from PyPI: `make integrations`, or {WANTED}=1")
     with hosting(tmp_path_factory.mktemp("released"), env_images, ROCK_API_KEY=OWNER) as server:
         yield server
+
+
+@pytest.fixture
+def systems() -> dict[str, System]:
+    """The rows of the table."""
+    return SYSTEMS
 
 
 @pytest.fixture

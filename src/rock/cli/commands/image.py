@@ -43,10 +43,17 @@ def image() -> None:
     """
 
 
-def _store() -> ImageStore:
+def open_store() -> ImageStore:
     from rock.images.store import ImageStore
 
     return ImageStore.of(Settings.read())
+
+
+def records(steps: bool = False) -> list[Any]:
+    """The images of this machine, each an ImageRecord. steps: the cached steps of builds too."""
+    from rock.images.gc import is_step
+
+    return [record for record in open_store().list() if steps or not is_step(record)]
 
 
 def _login(username: str | None) -> Login | None:
@@ -65,10 +72,7 @@ def _password() -> str:
 @click.option("--no-trunc", is_flag=True, help="Do not cut cells.")
 def list_images(json_: bool, steps: bool, no_trunc: bool) -> None:
     """List images."""
-    from rock.images.gc import is_step
-
-    store = _store()
-    found = [record for record in store.list() if steps or not is_step(record)]
+    store, found = open_store(), records(steps)
     if json_:
         as_json([asdict(record) for record in found])
         return
@@ -95,7 +99,7 @@ def pull_image(name: str, username: str | None) -> None:
     """Pull an image from its registry."""
     login = _login(username)
     with busy(f"pulling {name}") as update:
-        record = _store().pull(name, login, update)
+        record = open_store().pull(name, login, update)
     print(f"{record.name}  {record.digest}")
 
 
@@ -130,7 +134,7 @@ def build_image(
     }  # fmt: skip
     with TemporaryDirectory(prefix="rock-context-") as folder:
         if path == "-":
-            _receive_context(Path(folder))
+            receive_context(Path(folder))
             path = folder
             file = None if file is None else os.path.join(folder, file)
         made = client().build_image(path, tag, dockerfile=file, progress=_show, **fields)
@@ -139,7 +143,7 @@ def build_image(
           file=sys.stderr)  # fmt: skip
 
 
-def _receive_context(folder: Path) -> None:
+def receive_context(folder: Path) -> None:
     """Write the standard input into a folder: a tar is unpacked, any other text is the Dockerfile. InvalidConfig."""
     with TemporaryFile() as received:
         shutil.copyfileobj(sys.stdin.buffer, received)
@@ -171,7 +175,7 @@ def push_image(name: str, username: str | None) -> None:
     """Push an image to the registry in its name."""
     login = _login(username)
     with busy(f"pushing {name}") as update:
-        digest = _store().push(name, login, update)
+        digest = open_store().push(name, login, update)
     print(f"{name}  {digest}")
 
 
@@ -184,7 +188,7 @@ def export_image(name: str, path: str) -> None:
     The file is the tar of an OCI layout, for `rock image import` and other tools.
     """
     with busy(f"writing {path}") as update:
-        digest = _store().export(name, path, update)
+        digest = open_store().export(name, path, update)
     print(f"{name}  {digest}")
 
 
@@ -197,7 +201,7 @@ def import_image(path: str, name: str | None) -> None:
     PATH is a root folder, a tar of one, an archive of `docker save` or an OCI layout; archives have names of their own.
     """
     with busy(f"importing {path}") as update:
-        records = _store().import_any(path, name, update)
+        records = open_store().import_any(path, name, update)
     for record in records:
         print(f"{record.name}  {record.digest}")
 
@@ -211,7 +215,7 @@ def from_host(name: str) -> None:
     programs of the host, whatever NAME says.
     """
     with busy("reading the root file system"):
-        record = _store().from_host(name)
+        record = open_store().from_host(name)
     print(f"{record.name}  {record.digest}")
 
 
@@ -233,7 +237,7 @@ def log_in(registry: str, username: str, password_stdin: bool) -> None:
     login = Login(username, password)
     with closing(Registry(any_of(domain), login)) as there:
         there.log_in()
-    _store().logins.save(domain, login)
+    open_store().logins.save(domain, login)
     print(f"{domain}  {username}")
 
 
@@ -243,13 +247,13 @@ def log_out(registry: str) -> None:
     """Remove the stored login of a registry."""
     from rock.images.registry.logins import domain_of
 
-    _store().logins.forget(domain_of(registry))
+    open_store().logins.forget(domain_of(registry))
 
 
 @image.command("logins", example="rock image logins")
 def list_logins() -> None:
     """List the stored logins."""
-    table(["REGISTRY", "USERNAME"], [list(row) for row in _store().logins.domains().items()], "no logins")
+    table(["REGISTRY", "USERNAME"], [list(row) for row in open_store().logins.domains().items()], "no logins")
 
 
 @image.command("prefetch", example="rock image prefetch --pin python:3.11 python:3.12")
@@ -257,7 +261,7 @@ def list_logins() -> None:
 @click.option("--pin", is_flag=True, help="Exempt the images from garbage collection.")
 def prefetch(names: tuple[str, ...], pin: bool) -> int:
     """Pull images that are not on this machine yet."""
-    store = _store()
+    store = open_store()
 
     def one(name: str) -> str:
         present = store.has(name)
@@ -287,7 +291,7 @@ def _each(names: tuple[str, ...], act: Callable[[str], str]) -> int:
 def pin(names: tuple[str, ...]) -> None:
     """Exempt images from garbage collection."""
     for name in names:
-        _store().pin(name)
+        open_store().pin(name)
 
 
 @image.command("unpin", example="rock image unpin python:3.11")
@@ -295,7 +299,7 @@ def pin(names: tuple[str, ...]) -> None:
 def unpin(names: tuple[str, ...]) -> None:
     """Allow images to be evicted again."""
     for name in names:
-        _store().pin(name, False)
+        open_store().pin(name, False)
 
 
 @image.command("prune", example="rock image prune\nrock image prune --to 20g")
@@ -308,7 +312,7 @@ def prune(everything: bool, most: str | None) -> int:
     except ValueError as error:
         raise InvalidConfig(f"--to is not a size: {error}", hint="write a number and a unit, like 20g") from None
     with busy("removing unused layers"):
-        pruned = _store().prune(steps=limit is None, everything=everything, most=limit)
+        pruned = open_store().prune(steps=limit is None, everything=everything, most=limit)
     if pruned.busy:
         return complain("an image is being added now, and nothing was removed", "try again in a moment")
     for name in pruned.names:
@@ -321,7 +325,7 @@ def prune(everything: bool, most: str | None) -> int:
 @_names
 def remove(names: tuple[str, ...]) -> int:
     """Remove images, and layers that no other image needs."""
-    store = _store()
+    store = open_store()
     return _each(names, lambda name: f"{name}  {size(store.remove(name))} freed")
 
 
@@ -329,4 +333,4 @@ def remove(names: tuple[str, ...]) -> int:
 @_name
 def inspect(name: str) -> None:
     """Show all fields of an image as JSON."""
-    as_json(asdict(_store().inspect(name)))
+    as_json(asdict(open_store().inspect(name)))

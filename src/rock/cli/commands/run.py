@@ -141,7 +141,7 @@ def _exclusive(**given: bool) -> None:
         raise click.UsageError(f"{' and '.join(names)} exclude each other")
 
 
-def _terminal(
+def open_terminal(
     sandbox: Sandbox, line: str | None, env: dict[str, str], cwd: str | None, user: str | None, timeout: float | None
 ) -> int:
     """Connect this terminal to a command line, or to a shell."""
@@ -220,7 +220,7 @@ def run(
                     print(f"{forward.host}:{forward.port} -> port {remote}", file=sys.stderr, flush=True)
                 if tty:
                     line = f"exec {shlex.join(argv)}" if argv else None
-                    status = _terminal(sandbox, line, {}, cwd, user, timeout)
+                    status = open_terminal(sandbox, line, {}, cwd, user, timeout)
                 else:
                     stdin = standard_input() if interactive else None
                     status = play(sandbox.stream(argv, timeout=timeout, entrypoint=by_image, cwd=cwd, user=user,
@@ -284,7 +284,7 @@ def exec_(
     if session is not None:
         return play(target.stream(" ".join(argv), session=session, timeout=timeout))
     if tty:
-        return _terminal(target, f"exec {shlex.join(argv)}", given, cwd, user, timeout)
+        return open_terminal(target, f"exec {shlex.join(argv)}", given, cwd, user, timeout)
     if detach:
         if timeout is not None:
             raise click.UsageError("a background process has no time limit: --detach excludes --timeout")
@@ -317,7 +317,7 @@ def shell(
         with busy(f"starting a sandbox of {target}"):
             sandbox.start()
     try:
-        status = _terminal(sandbox, line, {}, cwd, user, None)
+        status = open_terminal(sandbox, line, {}, cwd, user, None)
     finally:
         if fresh and not keep:
             _quietly(sandbox.stop)
