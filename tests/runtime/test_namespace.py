@@ -317,7 +317,7 @@ def test_pool(tmp_path: Path) -> None:
             status, _, _ = await box.run("/usr/bin/python3", "-I", "-S", "-c", GREED)
             assert status.signal == 9
             await until(lambda: runtime._pool.ready == 2)
-            for member in [m for ready in runtime._pool._ready.values() for m in ready]:
+            for member in runtime._pool.members():
                 os.kill(member.pid, 9)  # dead members are never given out
             await asyncio.sleep(1.0)
             third = await runtime.create("third", config)
