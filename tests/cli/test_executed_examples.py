@@ -20,7 +20,7 @@ from rock.errors import RockError
 from rock.sync import Sandbox
 from rock.testing import FakeServer
 
-pytestmark = pytest.mark.skipif(not os.environ.get("ROCK_TEST_LONG"), reason="takes minutes: set ROCK_TEST_LONG=1")
+pytestmark = pytest.mark.long
 _ENDLESS = ("rock shell", "rock mcp", "rock ui", "rock admin", "rock stats", "rock forward", "rock tunnel",
             "rock docker", "rock events", "rock logs")  # fmt: skip
 
