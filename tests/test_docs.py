@@ -77,6 +77,27 @@ def test_there_are_blocks() -> None:
         assert "file" in words.split() or set(words.split()) <= WORDS, block.id
 
 
+def test_every_public_name_has_a_docstring() -> None:
+    """The classes and functions of `rock` and `rock.sdk`, with their public methods; the reference lists them."""
+    import inspect
+
+    import rock
+    import rock.sdk
+
+    names = {name: getattr(rock, name) for name in rock.__all__} | {
+        name: getattr(rock.sdk, name) for name in rock.sdk.__all__}  # fmt: skip
+    missing = []
+    for name, found in names.items():
+        if not (inspect.isclass(found) or inspect.isroutine(found)):
+            continue
+        members = inspect.getmembers(found) if inspect.isclass(found) else []
+        own = [(member, value.fget if isinstance(value, property) else value) for member, value in members]
+        public = [(f"{name}.{member}", value) for member, value in own if not member.startswith("_")
+                  and inspect.isfunction(value) and value.__module__.startswith("rock")]  # fmt: skip
+        missing += [label for label, value in [(name, found), *public] if not inspect.getdoc(value)]
+    assert missing == []
+
+
 def test_the_figures_of_the_report_are_those_of_its_data() -> None:
     done = subprocess.run([sys.executable, "bench/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -75,7 +75,8 @@ def _rows(kind: type[errors.RockError], depth: int) -> list[str]:
     indent = "&nbsp;&nbsp;" * depth
     retry = "yes" if kind.retryable else "no"
     name = kind.__name__
-    rows = [f"| {indent}`{name}` | {kind.status} | `{kind.code}` | {retry} | {_cause(kind)} | {ADVICE[name]} |"]
+    code = f"<a id='{kind.code}'></a>`{kind.code}`"  # troubleshooting.md and others link to it
+    rows = [f"| {indent}`{name}` | {kind.status} | {code} | {retry} | {_cause(kind)} | {ADVICE[name]} |"]
     for child in kind.__subclasses__():
         if child.__module__ == errors.__name__:
             rows += _rows(child, depth + 1)

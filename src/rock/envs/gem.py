@@ -110,6 +110,7 @@ class RockEnv:
 
     @property
     def sandbox_id(self) -> str:
+        """The id of the sandbox that hosts it; environments of the same packages share one."""
         return self._link.sandbox_id
 
     @property
@@ -119,6 +120,7 @@ class RockEnv:
 
     @property
     def env_number(self) -> int:
+        """Its number in its sandbox."""
         return self._player.number
 
     def __repr__(self) -> str:
@@ -126,6 +128,7 @@ class RockEnv:
 
     @property
     def unwrapped(self) -> Self:
+        """Itself: wrappers of GEM expect this property."""
         return self
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -151,6 +154,7 @@ class RockEnv:
         return self.call("get_state")
 
     def set_state(self, state: Any) -> None:
+        """Call `set_state` of the environment. RockError when it has no such method."""
         self.call("set_state", state)
 
     def fork(self, n: int = 1, *, reseed: bool = False, partial: bool = False) -> list[Self]:

@@ -286,6 +286,7 @@ class SandboxConfig(BaseConfig, Inside):
 
     @property
     def memory_bytes(self) -> int:
+        """`memory` in bytes."""
         return parse_size(self.memory)
 
     @property

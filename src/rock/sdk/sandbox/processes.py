@@ -47,6 +47,7 @@ class Process:
 
     @property
     def id(self) -> str:
+        """Its id in its sandbox, as in `rock` and in the HTTP API."""
         return self.info.process_id
 
     @property
@@ -55,6 +56,7 @@ class Process:
         return self.info.exit_code
 
     async def status(self) -> ProcessInfo:
+        """Its present state and exit code. NotFound."""
         return await self._ask("get_process")
 
     async def wait(self, timeout: float | None = None) -> ProcessInfo:

@@ -49,6 +49,7 @@ class Process:
 
     @property
     def id(self) -> str:
+        """Its id in its sandbox, as in `rock` and in the HTTP API."""
         return self.info.process_id
 
     @property
@@ -57,6 +58,7 @@ class Process:
         return self.info.exit_code
 
     def status(self) -> ProcessInfo:
+        """Its present state and exit code. NotFound."""
         return self._ask("get_process")
 
     def wait(self, timeout: float | None = None) -> ProcessInfo:
