@@ -34,7 +34,7 @@ class Policy:
         """low, high: bounds of the interval, shape (n,). Returns shape (n, 10)."""
         logits = self.logits[low, high]
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
     def learn(self, low: np.ndarray, high: np.ndarray, guess: np.ndarray, advantage: np.ndarray, rate: float) -> None:
         """One gradient step of mean(advantage * log p(guess)) over all guesses."""
@@ -83,7 +83,8 @@ def play(envs: Any, policy: Policy, secrets: list[int], random: np.random.Genera
 def advantages(rewards: np.ndarray, size: int) -> np.ndarray:
     """Rewards relative to the mean and spread of their group of `size` episodes."""
     groups = rewards.reshape(-1, size)
-    return ((groups - groups.mean(axis=1, keepdims=True)) / (groups.std(axis=1, keepdims=True) + 1e-6)).ravel()
+    spread = groups.std(axis=1, keepdims=True) + 1e-6
+    return np.asarray((groups - groups.mean(axis=1, keepdims=True)) / spread).ravel()
 
 
 def curve(values: list[float], path: str) -> None:
