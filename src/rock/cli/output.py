@@ -206,6 +206,20 @@ def fail(error: RockError) -> int:
     return complain(error.message or type(error).__name__, error.hint)
 
 
+def for_each(names: Sequence[str], work: Callable[[str], object], progress: str = "") -> int:
+    """Call a function for each name, and print the name or the error; returns the exit code. progress: the text of a
+    spinner before the name, as "deleting the volume"."""
+    failed = 0
+    for name in names:
+        try:
+            with busy(f"{progress} {name}") if progress else contextlib.nullcontext():
+                work(name)
+            print(name)
+        except RockError as error:
+            failed = fail(error)
+    return failed
+
+
 def status_of(work: Callable[[], object]) -> int:
     """Run a function; returns the exit code, after printing an error."""
     try:

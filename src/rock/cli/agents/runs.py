@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from rock.cli.connection import client
-from rock.cli.output import age, as_json, fail, table
+from rock.cli.output import age, as_json, for_each, table
 from rock.cli.parsing import Group, json_option
-from rock.errors import InvalidConfig, RockError
+from rock.errors import InvalidConfig
 from rock.protocol.runs import RunInfo, TrajectoryFormat
 
 _run = click.argument("run")
@@ -135,11 +135,5 @@ def end(run: str, reward: float | None, invalid: bool, reason: str | None) -> No
 @click.option("--force", "-f", is_flag=True, help="End active runs first.")
 def rm(names: tuple[str, ...], force: bool) -> int:
     """Delete runs and their recorded calls."""
-    server, failed = client(), 0
-    for name in names:
-        try:
-            server.runs.get(name).delete(force=force)
-            print(name)
-        except RockError as error:
-            failed = fail(error)
-    return failed
+    server = client()
+    return for_each(names, lambda name: server.runs.get(name).delete(force=force))

@@ -10,9 +10,9 @@ import click
 
 from rock import settings
 from rock.cli.connection import client
-from rock.cli.output import age, as_json, fail, table
+from rock.cli.output import age, as_json, for_each, table
 from rock.cli.parsing import Group, json_option
-from rock.errors import InvalidConfig, RockError
+from rock.errors import InvalidConfig
 
 _MOST_KEY = 16 << 10
 
@@ -108,11 +108,4 @@ def _key(stdin: bool, file: Path | None, variable: str | None, none: bool) -> st
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def rm(names: tuple[str, ...]) -> int:
     """Delete upstreams. Later calls of their runs fail."""
-    server, failed = client(), 0
-    for name in names:
-        try:
-            server.upstreams.delete(name)
-            print(name)
-        except RockError as error:
-            failed = fail(error)
-    return failed
+    return for_each(names, client().upstreams.delete)

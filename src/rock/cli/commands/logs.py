@@ -91,11 +91,17 @@ async def _closed_pipe() -> None:
 
 
 async def _show(process: AsyncProcess, name: LogName, follow: bool, tail: int | None) -> None:
-    """Copy one output of a process to the same output of this one."""
-    out = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
+    """Copy one output of a process, or its last `tail` bytes."""
     offset = 0
     if tail is not None:
         offset = max(0, (process.info.stdout_size if name == "stdout" else process.info.stderr_size) - tail)
+    await copy_output(process, name, offset, follow)
+
+
+async def copy_output(process: AsyncProcess, name: LogName, offset: int, follow: bool) -> None:
+    """Copy one output of a process from `offset` on to the same output of this one, to its end. follow: wait for
+    further output while the process runs."""
+    out = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
     while True:
         part = await process.logs(name, offset, wait=_POLL if follow else None)
         out.write(part.data)

@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from rock.cli.connection import client
-from rock.cli.output import age, as_json, busy, fail, size, table
+from rock.cli.output import age, as_json, busy, for_each, size, table
 from rock.cli.parsing import Group, json_option
-from rock.errors import RockError
 
 _name = click.argument("name")
 _tenant = click.option("--tenant", help="Tenant of the volume, for the owner of the server.")
@@ -72,12 +71,5 @@ def rm(names: tuple[str, ...], tenant: str | None) -> int:
 
     A volume that a sandbox uses is not deleted.
     """
-    server, failed = _client(), 0
-    for name in names:
-        try:
-            with busy(f"deleting the volume {name}"):
-                server.delete_volume(name, tenant=tenant)
-            print(name)
-        except RockError as error:
-            failed = fail(error)
-    return failed
+    server = _client()
+    return for_each(names, lambda name: server.delete_volume(name, tenant=tenant), "deleting the volume")

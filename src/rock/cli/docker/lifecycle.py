@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rock.cli.commands.copy import cp as copy_command
+from rock.cli.commands.logs import copy_output
 from rock.cli.connection import client
 from rock.cli.docker.containers import (
     KILLED,
@@ -244,18 +245,11 @@ async def _logs(container: Container, follow: bool, tail: int | None) -> None:
 
 
 async def _show(process: AsyncProcess, name: LogName, follow: bool, tail: int | None) -> None:
-    out = sys.stdout.buffer if name == "stdout" else sys.stderr.buffer
     offset = 0
     if tail is not None:
         size = process.info.stdout_size if name == "stdout" else process.info.stderr_size
         offset = await _begin_of_tail(process, name, size, tail)
-    while True:
-        part = await process.logs(name, offset, wait=_POLL if follow else None)
-        out.write(part.data)
-        out.flush()
-        if not part.data and not (follow and part.running):
-            return
-        offset = part.next
+    await copy_output(process, name, offset, follow)
 
 
 async def _begin_of_tail(process: AsyncProcess, name: LogName, size: int, lines: int) -> int:

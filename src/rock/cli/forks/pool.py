@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from rock.cli.connection import client
-from rock.cli.output import as_json, busy, fail, short, table
+from rock.cli.output import as_json, for_each, short, table
 from rock.cli.parsing import Group, json_option
-from rock.errors import RockError
 
 _tenant = click.option("--tenant", help="Tenant of the pool, for the owner of the server.")
 
@@ -78,12 +77,5 @@ def rm(names: tuple[str, ...], tenant: str | None) -> int:
 
     Their unclaimed sandboxes end.
     """
-    server, failed = _client(), 0
-    for name in names:
-        try:
-            with busy(f"deleting the pool {name}"):
-                server.delete_pool(name, tenant=tenant)
-            print(name)
-        except RockError as error:
-            failed = fail(error)
-    return failed
+    server = _client()
+    return for_each(names, lambda name: server.delete_pool(name, tenant=tenant), "deleting the pool")

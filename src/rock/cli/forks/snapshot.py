@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from rock.cli.connection import client, connected
-from rock.cli.output import age, as_json, busy, fail, short, size, table
+from rock.cli.output import age, as_json, busy, for_each, short, size, table
 from rock.cli.parsing import Group, command, complete_id, json_option
-from rock.errors import RockError
 from rock.protocol.snapshots import SnapshotInfo
 
 _sandbox = click.argument("sandbox", shell_complete=complete_id)
@@ -152,15 +151,8 @@ def rm(names: tuple[str, ...], tenant: str | None) -> int:
 
     Files that sandboxes or other snapshots use stay until these are gone.
     """
-    server, failed = _client(), 0
-    for name in names:
-        try:
-            with busy(f"deleting the snapshot {name}"):
-                server.delete_snapshot(name, tenant=tenant)
-            print(name)
-        except RockError as error:
-            failed = fail(error)
-    return failed
+    server = _client()
+    return for_each(names, lambda name: server.delete_snapshot(name, tenant=tenant), "deleting the snapshot")
 
 
 @snapshot.command(example="rock snapshot export before before.tar")

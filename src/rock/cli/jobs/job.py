@@ -18,10 +18,10 @@ import click
 
 from rock import settings
 from rock.cli.connection import OPTIONS, client, variables
-from rock.cli.output import age, as_json, busy, fail, table
+from rock.cli.output import age, as_json, busy, for_each, table
 from rock.cli.parsing import Group, json_option
 from rock.cli.progress import Progress
-from rock.errors import InvalidConfig, RockError
+from rock.errors import InvalidConfig
 from rock.jobs import reports, tasks
 from rock.jobs.config import BashJobConfig, HarborJobConfig, JobConfig
 from rock.jobs.plan import AgentPlan, Plan, plan_of
@@ -334,14 +334,8 @@ def rm(jobs: tuple[str, ...]) -> int:
 
 
 def _each(jobs: Sequence[str], work: Any) -> int:
-    server, failed = client(), 0
-    for one in jobs:
-        try:
-            work(server, one)
-            print(one)
-        except RockError as error:
-            failed = fail(error)
-    return failed
+    server = client()
+    return for_each(jobs, lambda one: work(server, one))
 
 
 @job.command(example="rock job compare 761724ebd00ac166 8f43f0e39110d9aa")

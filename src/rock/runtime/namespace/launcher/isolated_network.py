@@ -65,7 +65,7 @@ def _set(settings: dict[str, str]) -> bool:
     """
     try:
         proc = kernel.new_mount("proc", {}, kernel.ATTR_NOSUID | kernel.ATTR_NODEV | kernel.ATTR_NOEXEC)
-    except OSError:  # an ordinary user may mount one in a pid namespace of its own only
+    except OSError:  # an ordinary user may mount one only in a new pid namespace
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name, text in settings.items():
