@@ -18,6 +18,7 @@ running operations when the server in front of it is gone |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | listening address of the server |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
 | ROCK_SANDBOX_LIMIT | 0 | maximum concurrent sandboxes on this machine; 0: as memory and file descriptors permit |
+| ROCK_PROCESSES | 0 | rocklet processes of this machine (--workers); 0: one below 4 CPUs, else CPUs/4, 2 to 32 |
 | ROCK_UI | on | off: no web page, and no route below /ui |
 | ROCK_AUDIT_DAYS | 90 | retention of the audit log in days; 0 keeps no log |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
@@ -306,6 +307,7 @@ class Settings:
     pool_size: int = 4
     runtime: str = "namespace"
     sandbox_limit: int = 0
+    processes: int = 0
     disk_limit: str = "10g"
     container_image: str = ""
     host_mounts: str = ""
@@ -373,6 +375,10 @@ class Settings:
     gateway_orphan: float = 10.0
     ui: str = "on"
     audit_days: float = 90.0
+    # of one of several rocklet processes of a server: its number, their number, and the home of the server
+    process: int = 0
+    share: int = 1
+    server_home: Path | None = None
 
     @property
     def archive_dir(self) -> Path:
@@ -396,12 +402,12 @@ class Settings:
 
     @property
     def image_dir(self) -> Path:
-        return self.home / "images"
+        return (self.server_home or self.home) / "images"
 
     @property
     def registries(self) -> Path:
         """Logins of registries; apart from the images, and readable by the user only."""
-        return self.home / "registries.json"
+        return (self.server_home or self.home) / "registries.json"
 
     @property
     def gateway_dir(self) -> Path:
@@ -410,7 +416,12 @@ class Settings:
 
     @property
     def log_dir(self) -> Path:
-        return self.home / "logs"
+        return (self.server_home or self.home) / "logs"
+
+    @property
+    def process_dir(self) -> Path:
+        """Identity and sockets of this rocklet process; the home of a rocklet that is the only one."""
+        return self.home if self.server_home is None else self.server_home / PROCESSES / str(self.process)
 
     @property
     def catalogue(self) -> Path:
@@ -506,6 +517,7 @@ class Settings:
             ("image_max_entries", int),
             ("pool_size", int),
             ("sandbox_limit", int),
+            ("processes", int),
         ):
             text = env.get(f"ROCK_{name.upper()}")
             if text:
@@ -520,6 +532,9 @@ class Settings:
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")
+        processes = values.get("processes", 0)
+        if not isinstance(processes, int) or not 0 <= processes <= 64:
+            raise ValueError(f"ROCK_PROCESSES={processes} is not between 0 and 64")
         limit = values.get("sandbox_limit", 0)
         if not isinstance(limit, int) or limit < 0:
             raise ValueError(f"ROCK_SANDBOX_LIMIT={limit} is below 0")
@@ -549,6 +564,7 @@ class Settings:
 
 # ---- files in ROCK_HOME by which clients of the same account find their server, and prove that they are its owner ----
 
+PROCESSES = "processes"  # the folder of the rocklet processes of a server
 NOTE = "server.json"  # where the server listens: pid, host, port
 STORE_NOTE = "store.json"  # in the run folder: the identity of the store that owns the sandboxes
 RESTORED = "restored"  # the identity of a store into which a backup was restored

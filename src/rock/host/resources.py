@@ -35,11 +35,13 @@ def read() -> tuple[int, int]:
     return _known[1], _known[2]
 
 
-def sandboxes() -> tuple[int, str]:
-    """How many sandboxes with a session this machine holds at most, and the reason: the memory and the file descriptors
-    of an idle one, as `bench/growth.py` measures them."""
-    memory, _ = read()
-    limits = [] if not memory else [(memory // _MEMORY_EACH, f"{memory >> 20} MB of memory, {_MEMORY_EACH >> 20} each")]
+def sandboxes(share: int = 1) -> tuple[int, str]:
+    """How many sandboxes with a session this process holds at most, and the reason: the memory and the file descriptors
+    of an idle one, as `bench/growth.py` measures them. share: number of processes that share the memory."""
+    memory = read()[0] // share
+    of = f" of each of {share} processes" if share > 1 else ""
+    each = _MEMORY_EACH >> 20
+    limits = [] if not memory else [(memory // _MEMORY_EACH, f"{memory >> 20} MB of memory{of}, {each} each")]
     try:
         import resource
     except ImportError:  # the platform has no such limits

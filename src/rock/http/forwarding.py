@@ -19,13 +19,15 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httptools
 
 from rock.errors import InvalidConfig, Unavailable
-from rock.http import relay
+from rock.http import relay, unix
 from rock.http.asgi import Receive, Scope, Send, deny, failure
 from rock.http.relay import Ids
 from rock.protocol.routes import CALL, OUTAGE, ROUTES, SENT, UNSENT
@@ -206,17 +208,20 @@ class ClientConnection(asyncio.Protocol):
 
 
 class RemoteApp:
-    """A server at `url`, as an ASGI application. headers: added to each request, such as an API key. most_idle:
-    connections that stay open for later requests. dial: opens a connection, in place of one to the host in `url`."""
+    """A server at `url`, http://HOST:PORT or unix:/FILE, as an ASGI application. headers: added to each request, such
+    as an API key. most_idle: connections that stay open for later requests. dial: opens a connection, in place of one
+    to the host in `url`."""
 
     def __init__(
         self, url: str, headers: dict[str, str] | None = None, tls: ssl.SSLContext | None = None,
         most_idle: int = _MOST_IDLE, dial: Callable[[], Awaitable[socket.socket]] | None = None,
     ) -> None:  # fmt: skip
+        self.url = url.rstrip("/")
+        if dial is None and url.startswith(unix.SCHEME):
+            dial, url = partial(unix.dial, Path(unquote(url.removeprefix(unix.SCHEME)))), "http://localhost"
         parts = urlsplit(url)
         if (parts.scheme not in ("http", "https") and dial is None) or not parts.hostname:
             raise InvalidConfig(f"{url!r} is no address of a server", hint="write http://HOST:PORT")
-        self.url = url.rstrip("/")
         self._most_idle = most_idle
         self._dial = dial
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -256,30 +257,32 @@ class NodeVolumes(Answer):
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 RESERVED = "local"  # the worker in the server's own process
+PROCESS = "process://"  # the scheme of the rocklet processes of the server's machine (cli/serve/processes.py)
+_OF_PROCESS = re.compile(r"local(-[0-9]+)?")
 
 
 class JoinWorker(Wire):
     """A request of a rocklet to become a worker.
 
-    url: where servers reach it; tunnel://NAME for one that opens tunnels to them. holder: a random text that it stores
+    url: where servers reach it; tunnel://NAME for one that opens tunnels to them; process://SECRET for a process that
+    the server has started. holder: a random text that it stores
     in its home: the identity of the machine, independent of its name. epoch: the last that it had; 0 for none. fresh:
     it has given up that epoch, and has no sandboxes of it.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
-    url: str = Field(max_length=1000, pattern=r"^(?:https?|tunnel)://[^\s/]+$")
+    url: str = Field(max_length=1000, pattern=r"^(?:https?|tunnel|process)://[^\s/]+$")
     holder: str = Field(min_length=16, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
     epoch: int = Field(default=0, ge=0, lt=1 << 62)
     fresh: bool = False
     version: str = Field(default="", max_length=64)
     status: NodeStatus
 
-    @field_validator("name")
-    @classmethod
-    def _not_reserved(cls, value: str) -> str:
-        if value == RESERVED:
-            raise ValueError(f"{value!r} is the name of a server's own worker")
-        return value
+    @model_validator(mode="after")
+    def _reserved(self) -> JoinWorker:
+        if (_OF_PROCESS.fullmatch(self.name) is not None) != self.url.startswith(PROCESS):
+            raise ValueError(f"{RESERVED!r} and {RESERVED}-NUMBER are the names of a server's own workers")
+        return self
 
 
 class Beat(Wire):

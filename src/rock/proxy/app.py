@@ -47,10 +47,14 @@ class Proxy:
     so it is read once.
     """
 
-    def __init__(self, store: Store, workers: Mapping[str, App], local: str | None = None) -> None:
+    def __init__(
+        self, store: Store, workers: Mapping[str, App], local: str | None = None, builder: str | None = None
+    ) -> None:  # fmt: skip
+        """builder: the worker that builds images, if all share its images and it is not in this process."""
         self._store = store
         self._workers = workers
         self._local = None if local is None else workers[local]
+        self._builder = builder or ""
         self._placed: OrderedDict[str, str] = OrderedDict()  # workers by id
         self._owned: OrderedDict[str, str] = OrderedDict()  # tenants by id
         # access rights are checked here: a remote worker receives our key, not the caller's
@@ -99,6 +103,9 @@ class Proxy:
         return known == tenant
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == BUILD and self._builder in self._workers:
+            await self._workers[self._builder](scope, receive, send)
+            return
         if scope["path"] == BUILD:
             await failure(Unsupported("images are built where there is one worker", hint="ask a worker")).send(send)
             return

@@ -34,7 +34,7 @@ from rock.host import atomic_file
 from rock.http.asgi import App, Receive, Scope, Send, failure
 from rock.http.forwarding import RemoteApp
 from rock.http.tunnels import Tunnel
-from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerLease
+from rock.protocol.node import PROCESS, Beat, JoinWorker, NodeStatus, WorkerLease
 from rock.protocol.routes import EPOCH, FENCE, OUTAGE, REFUSED, ROUTES
 from rock.rocklet.node import Node
 
@@ -74,7 +74,8 @@ class Membership:
     def __init__(self, node: Node, joining: Joining, file: Path) -> None:
         self._node = node
         self._joining = joining
-        self._host = urlsplit(joining.url).hostname or ""
+        own = joining.url.startswith(PROCESS)  # a process of the server's own machine
+        self._host = "127.0.0.1" if own else urlsplit(joining.url).hostname or ""
         self._servers = list(joining.servers)
         self._file = file
         self._holder, self._epoch = _read(file)

@@ -61,15 +61,17 @@ class Node:
         env_lease: float = ENV_LEASE,
         host_mounts: Sequence[str] = (),
         own_logs: bool = False,
+        share: int = 1,
     ) -> None:
-        """limit: maximum number of sandboxes; 0 is what memory and file descriptors permit. host_mounts: folders of
+        """limit: maximum number of sandboxes; 0 is what memory and file descriptors permit. share: number of processes
+        that share the memory. host_mounts: folders of
         this machine below which sandboxes may mount folders. own_logs: of WorkerConfiguration."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
         self.configuration = WorkerConfiguration(folder.parent / "configuration.json", self.runtimes, own_logs)
         self.local_socket = LocalSocket(folder, self.get)
-        self.limit, self._limit_reason = (limit, "ROCK_SANDBOX_LIMIT") if limit else resources.sandboxes()
+        self.limit, self._limit_reason = (limit, "ROCK_SANDBOX_LIMIT") if limit else resources.sandboxes(share)
         self._env_lease = env_lease
         self.boot = uuid.uuid4().hex[:12]
         self.ends = Ends(self.boot)

@@ -83,15 +83,15 @@ def set_log_level(level: str | None) -> None:
     logger.setLevel(usual if level is None else level.upper())
 
 
-def set_up_logs(level: str, folder: Path | None = None, style: str = "text") -> None:
+def set_up_logs(level: str, folder: Path | None = None, style: str = "text", name: str = "server.log") -> None:
     """Log to standard error, or to a file of `folder` (10 MB, three old ones kept). style: text or json."""
     formatter = Json() if style == "json" else Text()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handlers = [RotatingFileHandler(folder / "server.log", maxBytes=10 << 20, backupCount=3)]
-    for name in ("rock", *_OTHERS):
-        logger = logging.getLogger(name)
+        handlers = [RotatingFileHandler(folder / name, maxBytes=10 << 20, backupCount=3)]
+    for known in ("rock", *_OTHERS):
+        logger = logging.getLogger(known)
         for old in logger.handlers[:]:
             logger.removeHandler(old)
         for handler in handlers:

@@ -11,13 +11,13 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rock.admin.workers.client import Worker
 from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.http.asgi import App
-from rock.protocol.node import Beat, JoinWorker, Lease, NodeStatus, WorkerInfo, WorkerLease, WorkerState
+from rock.protocol.node import PROCESS, Beat, JoinWorker, Lease, NodeStatus, WorkerInfo, WorkerLease, WorkerState
 from rock.protocol.routes import OUTAGE
 from rock.store.base import Workers, unknown
 
@@ -67,6 +67,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.on_change: list[Callable[[str], None]] = []
         self.on_ready: list[Callable[[str], None]] = []
         self.check_join: Callable[[JoinWorker], None] | None = None  # raises for a worker that must not join
+        self.processes: Mapping[str, str] = {}  # URLs by name of the rocklets that this server has started
         self.version = 0  # grows when a worker joins, leaves, or is drained
         self._in_join: Counter[str] = Counter()  # requests to join that are being saved, by worker
         self._joining: dict[str, int] = {}  # epochs that were assigned here, and without a heartbeat yet
@@ -125,7 +126,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         if self._registry is None or self._reach is None:
             return
         async with self._looking:
-            found = {info.name: info for info in await self._registry().list() if info.name not in self.fixed}
+            found = {info.name: info for info in await self._registry().list() if self._is_member(info)}
             now = time.monotonic()
             unheard = now - self._looked_at - _GAP
             if unheard > 0:  # this process or the store was suspended: no heartbeat could be seen
@@ -147,6 +148,10 @@ class WorkerRegistry(Mapping[str, Worker]):
                 if self.is_ready(name) and (not before or name in changed):
                     ready.append(name)
         self._notify(changed, ready)
+
+    def _is_member(self, info: WorkerInfo) -> bool:
+        """Whether a row of the registry is one to follow: not that of a process which this server does not run."""
+        return info.name not in self.fixed and (not info.url.startswith(PROCESS) or info.name in self.processes)
 
     async def _learn(self, info: WorkerInfo) -> None:
         """One row of the registry, without the others: a thousand workers that join read each row once."""
@@ -240,6 +245,11 @@ class WorkerRegistry(Mapping[str, Worker]):
         limit = now - self.lease.lost
         return [member.info for member in self._members.values() if member.changed_at < limit]
 
+    def sandboxes_of(self, names: Iterable[str]) -> int:
+        """The number of sandboxes of some workers that joined, by their last heartbeats."""
+        statuses = [self._members[name].status for name in names if name in self._members]
+        return sum(status.sandboxes for status in statuses if status is not None)
+
     def lost(self) -> list[str]:
         """Names of lost workers in the registry."""
         return list(self._lost)
@@ -305,6 +315,8 @@ class WorkerRegistry(Mapping[str, Worker]):
         """A worker joins. Conflict, Unavailable."""
         if spec.name in self.fixed:
             raise NotFound(f"{spec.name} is a worker of ROCK_WORKERS", hint="choose another --name")
+        if spec.url.startswith(PROCESS) and self.processes.get(spec.name) != spec.url:
+            raise NotFound(f"{spec.name} is no process of this server", hint="choose another --name")
         if self.check_join is not None:
             self.check_join(spec)
         self._in_join[spec.name] += 1

@@ -53,14 +53,16 @@ def admin() -> None:
 @click.option("--host", help="Address to listen on, by default 127.0.0.1; other addresses need an API key.")
 @click.option("--env", default="local", help="Accepted for ROCK's command line; local is the only one.")
 @click.option("--role", help="all, write (or admin), or read (or proxy); the last two have no sandboxes here.")
+@click.option("--workers", type=click.IntRange(1, 64),
+              help="Rocklet processes of this machine; by default 1, from 4 CPUs on a quarter of them.")  # fmt: skip
 @click.option("--tls-cert", metavar="FILE", help="Serve TLS with this certificate chain, in PEM.")
 @click.option("--tls-key", metavar="FILE", help="Key of the certificate, in PEM.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, and log to the terminal.")
 @click.option("--adopt", is_flag=True, help="The store was lost: continue with the running sandboxes in a new one.")
 @click.option("--abandon", is_flag=True, help="The store was lost: end all sandboxes, and delete retained files.")
 def start(
-    port: int | None, host: str | None, env: str, role: str | None, tls_cert: str | None, tls_key: str | None,
-    foreground: bool, adopt: bool, abandon: bool,
+    port: int | None, host: str | None, env: str, role: str | None, workers: int | None, tls_cert: str | None,
+    tls_key: str | None, foreground: bool, adopt: bool, abandon: bool,
 ) -> None:  # fmt: skip
     """Start the server, and return when it serves.
 
@@ -71,7 +73,7 @@ def start(
         raise InvalidConfig("--adopt and --abandon exclude each other", hint="give one of them")
     changed = "adopt" if adopt else "abandon" if abandon else None
     settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role,
-                         store_changed=changed)  # fmt: skip
+                         store_changed=changed, processes=workers)  # fmt: skip
     role_of(settings.role)
     require_key_beyond_loopback(settings.host, settings.api_key)
     tls_of(settings)
@@ -115,6 +117,7 @@ def _launch(settings: Settings) -> dict[str, Any]:
             env=child_environment(
                 ROCK_HOME=str(settings.home), ROCK_TLS_CERT=settings.tls_cert, ROCK_TLS_KEY=settings.tls_key,
                 ROCK_ROLE=settings.role, ROCK_STORE_CHANGED=settings.store_changed,
+                ROCK_PROCESSES=str(settings.processes),
             ),
         )
     home = Home(settings.home)

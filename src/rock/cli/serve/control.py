@@ -27,8 +27,10 @@ from rock.cli.serve.gateway import RemoteGateway, ServerGateway, endpoint_of
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
+from rock.cli.serve.processes import Processes, check_left, forget
 from rock.cli.serve.protocols import Protocols
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
+from rock.http import unix
 from rock.http.asgi import App, Receive, Scope, Send
 from rock.http.forwarding import RemoteApp
 from rock.http.relay import RelayedCalls
@@ -38,6 +40,8 @@ from rock.protocol.action import ConnectionList
 from rock.protocol.configuration import NodeConfiguration
 from rock.protocol.keys import POD_PREFIX, pod_key
 from rock.protocol.node import (
+    PROCESS,
+    RESERVED,
     ImageState,
     Lease,
     NodeCommit,
@@ -143,8 +147,11 @@ def commands_over(remote: RemoteApp, name: str, gone: asyncio.Event, unreached: 
     return carry
 
 
-def reach_with(key: str | None, tunnels: Tunnels, pods: bool = False) -> Callable[[WorkerInfo], Reached]:
-    """The connection factory for workers that join. pods: the rocklets of sandbox pods have keys of their own."""
+def reach_with(
+    key: str | None, tunnels: Tunnels, pods: bool = False, processes: Processes | None = None
+) -> Callable[[WorkerInfo], Reached]:
+    """The connection factory for workers that join. pods: the rocklets of sandbox pods have keys of their own.
+    processes: rocklets that this server has started."""
     crowd = CreateBatch()
 
     def reach(info: WorkerInfo) -> Reached:
@@ -159,6 +166,8 @@ def reach_with(key: str | None, tunnels: Tunnels, pods: bool = False) -> Callabl
         of_pod = pods and key is not None and info.name.startswith(POD_PREFIX)
         own = {} if key is None else {routes.OTHER_KEY: pod_key(key, info.name) if of_pod else key}
         dial = partial(tunnels.dial, info.name, info.holder) if info.url.startswith(SCHEME) else None
+        if processes is not None and info.url.startswith(PROCESS):
+            own, dial = {routes.OTHER_KEY: processes.key}, partial(unix.dial, processes.socket_of(info.name))
         data, long = RemoteApp(info.url, own, dial=dial), RemoteApp(info.url, {**own, **command}, dial=dial)
         carry = commands_over(long, info.name, gone, unreached)
 
@@ -221,7 +230,8 @@ def page_of(settings: Settings, admin: Admin, store: Store) -> Page | None:
 class Control:
     """Store, admin and proxy, over remote workers; for one role (admin/auth.py), or for both."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, processes: int = 1) -> None:
+        """processes: rocklets of this machine that it starts, if there are several."""
         role = role_of(settings.role)
         require_key_beyond_loopback(settings.host, settings.api_key)
         urls = workers_of(settings.workers)
@@ -236,11 +246,14 @@ class Control:
         apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
         fixed: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
         tunnels = Tunnels()
-        self.worker_registry = WorkerRegistry(fixed, apps, lambda: store.workers,
-                                              reach_with(key, tunnels, settings.scheduler == "kubernetes"),
-                                              lease_of(settings))  # fmt: skip
-        self._proxy = Proxy(store, self.worker_registry.apps)
-        settings = replace(settings, archive=settings.archive or "off")
+        self.processes = None
+        self._settings = settings
+        if processes > 1:
+            self.processes = Processes(settings, processes, settings.api_key or self.home.owner_key)
+        self.worker_registry = WorkerRegistry(fixed, apps, lambda: store.workers, reach_with(
+            key, tunnels, settings.scheduler == "kubernetes", self.processes), lease_of(settings))  # fmt: skip
+        self._proxy = Proxy(store, self.worker_registry.apps, builder=RESERVED if self.processes else None)
+        settings = replace(settings, archive=settings.archive or ("" if self.processes else "off"))
         roles = ["write", "read"] if role == "all" else [role]
         self.admin = Admin(settings, store, self.worker_registry, roles, self._proxy, tunnels, role != "read")
         if isinstance(store, SqliteStore):
@@ -249,6 +262,8 @@ class Control:
         if role != "read":  # a reader ends no sandboxes
             self._identity = Identity(settings.run_dir, store, settings.store_changed, None)
             self.admin.opened = self._identity.check
+        if self.processes is not None:
+            self.worker_registry.processes = self.processes.urls
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
         routed = self.admin.audit.over(self.admin.configuration.over(self._route))
@@ -293,20 +308,27 @@ class Control:
             await self._routes(scope, receive, send)
 
     def let_go(self) -> None:
-        """Prepare for a stop of the server. There are no local sandboxes."""
+        """Prepare for a stop of the server."""
         if self.gateway is not None:
             self.gateway.gateway.let_go()
+        if self.processes is not None:
+            self.processes.let_go()
 
     @property
     def left(self) -> int:
-        return 0
+        """Sandboxes of the processes of this machine, which survive a stop."""
+        return 0 if self.processes is None else self.worker_registry.sandboxes_of(self.processes.names)
 
     async def open(self) -> None:
         self.home.take()
         try:
+            if self.processes is not None:
+                check_left(self._settings, self.processes.count)
             if self._identity is not None:
                 self._identity.check_there()
             await self.admin.open()
+            if self.processes is not None:
+                await forget(self._settings, self.store.workers, self.processes.count)
             if self.gateway is not None:
                 try:
                     await self.gateway.open()
@@ -334,6 +356,8 @@ class Control:
             if self.page is not None:
                 await self.page.close()
             await self.admin.close()
+            if self.processes is not None:  # without requests of the admin, they end at once
+                await self.processes.close()
 
 
 # ---- local worker ----

@@ -66,6 +66,11 @@ class Home:
 
     def take(self) -> None:
         """Lock it, and restrict its permissions. Conflict when another server holds it; InvalidConfig."""
+        self.lock()
+        self.reserve.prepare()
+
+    def lock(self) -> None:
+        """Lock it, without the disk reserve. Conflict, InvalidConfig."""
         make_private(self.folder)
         lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -77,7 +82,6 @@ class Home:
                 hint="stop it with: rock admin stop, or set another ROCK_HOME",
             ) from None
         self._lock = lock
-        self.reserve.prepare()
 
     def write(self, host: str, port: int, tls_cert: str = "", joins: bool = False) -> None:
         """joins: it is a rocklet that joins a server, which SIGUSR1 drains."""

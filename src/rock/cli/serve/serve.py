@@ -32,9 +32,11 @@ from rock.cli.serve.gateway import RemoteGateway, ServerGateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
+from rock.cli.serve.processes import Processes, check_left, count_of, forget, has_sandboxes
 from rock.cli.serve.protocols import Protocols
 from rock.cli.serve.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, Unsupported
+from rock.host import resources
 from rock.http.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.http.connections import HEAD_WITHIN, Admission, HttpConnection
 from rock.http.forwarding import RemoteApp
@@ -79,7 +81,9 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
-        runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
+        # GPUs cannot be divided: the first of several processes assigns all of them.
+        runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host,
+                                           gpus=settings.process == 0)
         runtimes["gvisor"] = GvisorRuntime(settings.run_dir / "gvisor", guests, images.store)
         runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings),
@@ -116,9 +120,10 @@ def _store_of(settings: Settings) -> Store:
 def _snapshot_memory(settings: Settings) -> int | None:
     """Bytes for the memory of copied processes; None is the default. InvalidConfig."""
     if settings.snapshot_memory in ("", "0"):
-        return None if not settings.snapshot_memory else 0
+        usual = None if settings.share == 1 else resources.read()[0] // 4 // settings.share
+        return usual if not settings.snapshot_memory else 0
     try:
-        return parse_size(settings.snapshot_memory, "memory")
+        return parse_size(settings.snapshot_memory, "memory") // settings.share
     except ValueError as error:
         raise InvalidConfig(f"ROCK_SNAPSHOT_MEMORY: {error}", hint="use a size like 4g, or 0") from None
 
@@ -149,13 +154,16 @@ def _resolvers(settings: Settings) -> list[str]:
 class Rocklet:
     """The sandboxes of this machine, their home and their routes. `runtimes`: replaces the default set."""
 
-    def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, runtimes: dict[str, Runtime] | None = None, home: Home | None = None
+    ) -> None:  # fmt: skip
         require_key_beyond_loopback(settings.host, settings.api_key)
-        self.home = Home(settings.home)
+        self.home = home or Home(settings.home)
         self.images = Images(ImageStore.of(settings))
         runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images,
-                         settings.env_lease, settings.host_mount_folders, bool(settings.join))  # fmt: skip
+                         settings.env_lease, settings.host_mount_folders, bool(settings.join),
+                         settings.share)  # fmt: skip
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
@@ -227,7 +235,7 @@ def membership_of(settings: Settings, node: Node) -> Membership | None:
         raise InvalidConfig(f"ROCK_LEASE_LOST={settings.lease_lost} is not a known choice", hint="use stop or keep")
     return Membership(node, Joining(servers, name, url.rstrip("/"), settings.lease_lost == "keep", tunnel,
                                     settings.api_key),
-                      settings.home / "worker.json")  # fmt: skip
+                      settings.process_dir / "worker.json")  # fmt: skip
 
 
 def _reached_at(settings: Settings, server: RemoteApp) -> str:
@@ -309,10 +317,12 @@ class Server:
         return self.rocklet.left
 
     async def open(self) -> None:
+        check_left(self.settings, 1)
         await self.rocklet.open()
         try:
             self._identity.check_there()
             await self.admin.open()
+            await forget(self.settings, self.store.workers, 1)
             if self.gateway is not None:
                 try:
                     await self.gateway.open()
@@ -393,9 +403,9 @@ def http_over(
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """The application of a process with these settings."""
-    alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler not in ("ray", "kubernetes")
-    if role is Server and not alone:
-        return Control(settings, make_store(settings))
+    count = count_of(settings)
+    if role is Server and (count > 1 or not has_sandboxes(settings)):
+        return Control(settings, make_store(settings), count)
     return role(settings)
 
 
@@ -410,6 +420,8 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
     except BaseException:
         listener.close()
         raise
+    processes = server.processes if isinstance(server, Control) else None
+    sockets = [listener] if processes is None else [listener, processes.listen()]
     try:
         http = http_over(dropping(server.app) if faults.active else server.app, settings)
 
@@ -423,22 +435,47 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         if membership is not None:  # rock worker drain --self
             asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, membership.leave)
         with stop_on_signals(http, drain):
-            scheme = "https" if settings.tls_cert else "http"
+            serving: asyncio.Task[None] | None = None
+            if processes is not None:  # they join by one of the sockets
+                serving = asyncio.create_task(http.serve(sockets=sockets), name="http")
+                await _opened(processes, serving)
             server.home.write(settings.host, port, settings.tls_cert, membership is not None)
             reserve = asyncio.create_task(server.home.reserve.keep(), name="reserve")
-            gc.freeze()  # excludes existing objects from garbage collections, which stop all requests
-            gc.enable()
-            log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
-            print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
-            await http.serve(sockets=[listener])
+            _announce(settings, port)
+            await (serving or http.serve(sockets=sockets))
             reserve.cancel()
             await asyncio.gather(reserve, return_exceptions=True)
     finally:
         left = server.left
         await server.close()
-        listener.close()
+        for one in sockets:
+            one.close()
         if left:
             print(f"{left} sandboxes stay alive; `rock admin start` finds them again", flush=True)
+
+
+async def _opened(processes: Processes, serving: asyncio.Task[None]) -> None:
+    """Wait until the processes serve, or until `serving` ends because of a signal. The error of a process."""
+    opening = asyncio.create_task(processes.open(), name="processes")
+    try:
+        await asyncio.wait({opening, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            opening.result()
+    except BaseException:
+        serving.cancel()
+        raise
+    finally:
+        if not opening.done():
+            opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+
+
+def _announce(settings: Settings, port: int) -> None:
+    scheme = "https" if settings.tls_cert else "http"
+    gc.freeze()  # excludes existing objects from garbage collections, which stop all requests
+    gc.enable()
+    log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
+    print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
 
 
 @contextlib.contextmanager
@@ -474,6 +511,12 @@ def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, 
     make_private(settings.home)
     Reserve(settings.home).prepare()
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
+    prepare_process(settings)
+    run(serve(settings, role))
+
+
+def prepare_process(settings: Settings) -> None:
+    """Fault points, limits and garbage collection of a server process."""
     faults.arm(settings.faults)
     _raise_file_limit()
     spare_collections()
@@ -481,7 +524,6 @@ def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, 
         from rock.guest.init import syscalls
 
         syscalls.run_soon()
-    run(serve(settings, role))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

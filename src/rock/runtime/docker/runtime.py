@@ -77,12 +77,13 @@ class DockerRuntime(DelayedSandboxes[Container]):
         Isolation.MICROVM: frozenset(Trait) - {Trait.IMAGES},
     }
 
-    def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
+    def __init__(self, run_dir: Path, guest_dir: Path, host: str = "", *, gpus: bool = True) -> None:
+        """gpus: whether it assigns the GPUs of this machine."""
         super().__init__(Path(os.path.realpath(run_dir)))
         self._guest_dir = Path(os.path.realpath(guest_dir))
         self.engine = Engine(host)
         self._label = hashlib.sha256(str(self._run_dir).encode()).hexdigest()[:16]
-        self._gpus = Gpus()
+        self._gpus = Gpus() if gpus else Gpus([])
         self._making: set[str] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._python: GuestPython | None = None

@@ -1,0 +1,137 @@
+"""One of several rocklet processes of a server: `python -m rock.cli.serve.member`, started by processes.py.
+
+Standard input: one line with the settings as JSON; its end is the end of the server. Standard output: one line when the
+process serves, or when it does not start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from rock import faults
+from rock.cli.serve.home import Home
+from rock.cli.serve.processes import SOCKET
+from rock.cli.serve.serve import Rocklet, http_over, prepare_process, run, stop_on_signals
+from rock.errors import Conflict, RockError, ServerError
+from rock.http import unix
+from rock.http.middleware import dropping
+from rock.settings import Settings
+from rock.telemetry import set_up_logs
+
+_LOCK_WITHIN = 20.0  # seconds for an earlier process with this number to end
+_LOOK = 0.1
+
+
+class MemberHome(Home):
+    """The home of a process: only its lock. Clients find the server by the server's own home."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.process_dir)
+
+    def take(self) -> None:
+        """Lock it, unless `wait` has. Conflict, InvalidConfig."""
+        if self._lock is None:
+            self.lock()
+
+    async def wait(self) -> None:
+        """Lock it: a process of a killed server may need a moment to end. Conflict."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _LOCK_WITHIN
+        while True:
+            try:
+                self.take()
+                return
+            except Conflict:
+                if loop.time() > end:
+                    raise
+                await asyncio.sleep(_LOOK)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+async def serve(settings: Settings) -> None:
+    """Serve at the socket of this process until SIGTERM, or until the server ends."""
+    home = MemberHome(settings)
+    await home.wait()
+    rocklet = Rocklet(settings, home=home)
+    listener = unix.listen(settings.process_dir / SOCKET)
+    try:
+        await rocklet.open()
+    except BaseException:
+        listener.close()
+        raise
+    try:
+        http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, None)
+
+        async def drain() -> None:
+            rocklet.let_go()
+
+        with stop_on_signals(http, drain):
+            _follow_server()
+            gc.freeze()
+            gc.enable()
+            _say({"pid": os.getpid()})
+            await http.serve(sockets=[listener])
+    finally:
+        await rocklet.close()
+        listener.close()
+
+
+def _follow_server() -> None:
+    """End this process when the server has ended. The sandboxes continue, for the next one."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="server").start()
+
+
+def _say(line: dict[str, object]) -> None:
+    os.write(1, json.dumps(line, default=repr).encode() + b"\n")
+
+
+def main() -> int:
+    gc.disable()
+    fields: dict[str, Any] = json.loads(_line())
+    fields |= {name: Path(fields[name]) for name in ("home", "server_home")}
+    settings = Settings(**fields)
+    set_up_logs(settings.log_level, settings.log_dir, settings.log_format, f"process-{settings.process}.log")
+    prepare_process(settings)
+    try:
+        run(serve(settings))
+    except RockError as error:
+        _say(error.to_wire())
+        return 1
+    except OSError as error:
+        _say(ServerError(f"rocklet process {settings.process} does not start: {error}",
+                         hint="look into its log in ROCK_HOME/logs").to_wire())  # fmt: skip
+        return 1
+    return 0
+
+
+def _line() -> bytes:
+    """The first line of standard input, without reading more than it."""
+    found = bytearray()
+    while not found.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            break
+        found += byte
+    return bytes(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
