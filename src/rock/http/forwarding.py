@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -41,10 +42,14 @@ _END = b"0\r\n\r\n"
 _CALL = CALL.encode()
 _CANCELS = (0.0, 0.2, 1.0, 3.0)  # pauses, in seconds, before each attempt to cancel a call
 _QUIET = 3.0  # seconds without a response after which a worker is probed, and timeout of a probe; two in a row may fail
+log = logging.getLogger("rock.proxy")
+
 _HEALTH = ROUTES["health"].path
 _DESCRIBES_BODY = frozenset({b"content-length", b"content-type", b"idempotency-key", _CALL})
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"expect",
                          b"proxy-connection"})  # fmt: skip
+_OUTSIDE, _FOR = b"x-forwarded-host", b"x-forwarded-for"
+_NEEDED = frozenset({b"host", b"content-length", b"content-type", b"authorization", _CALL})  # no client removes these
 
 
 class Broken(Exception):
@@ -164,6 +169,10 @@ class ClientConnection(asyncio.Protocol):
     def give_up(self, why: str) -> None:
         """Fail the waiting request, with the reason why there is no response."""
         self.silent = True
+        self.fail(why)
+
+    def fail(self, why: str) -> None:
+        """Fail the waiting request, and close the connection."""
         self._end(why)
         self.close()
         self._wake()
@@ -196,11 +205,11 @@ class ClientConnection(asyncio.Protocol):
                 piece = self._pieces.popleft()
                 self._size -= len(piece)
                 yield piece
-            if self._whole:
-                return
             if self._paused and self.transport is not None:
                 self._paused = False
-                self.transport.resume_reading()
+                self.transport.resume_reading()  # also at the end: the next response arrives on this connection
+            if self._whole:
+                return
             if self._ended is not None:
                 raise Broken(self._ended)
             if not self._pieces:
@@ -318,8 +327,15 @@ class RemoteApp:
         return b"\r\n".join([*lines, b"", b""])
 
     def _kept(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        drop = _HOP_BY_HOP | self._names
-        return [header for header in scope["headers"] if header[0] not in drop and header[0] != _CALL] + self._own
+        headers = scope["headers"]
+        drop = _HOP_BY_HOP | self._names | _named_hop_by_hop(headers) | {_FOR}
+        kept = [header for header in headers if header[0] not in drop and header[0] != _CALL] + self._own
+        if all(name != _OUTSIDE for name, _ in headers):  # the name by which the client knows this server
+            kept += [(_OUTSIDE, value) for name, value in headers if name == b"host"][:1]
+        chain = [value for name, value in headers if name == _FOR]
+        if client := scope.get("client"):
+            chain.append(str(client[0]).encode())
+        return [*kept, (_FOR, b", ".join(chain))] if chain else kept
 
     async def _exchange(
         self, connection: ClientConnection, scope: Scope, receive: Receive, send: Send
@@ -352,7 +368,8 @@ class RemoteApp:
             finally:
                 self._waiting.pop(connection, None)
             begun = True
-            headers = [header for header in connection.headers if header[0] not in _HOP_BY_HOP]
+            drop = _HOP_BY_HOP | _named_hop_by_hop(connection.headers)
+            headers = [header for header in connection.headers if header[0] not in drop]
             await send({"type": "http.response.start", "status": connection.status, "headers": headers})
             async with contextlib.aclosing(connection.pieces()) as pieces:
                 async for piece in pieces:
@@ -362,7 +379,9 @@ class RemoteApp:
             if rest.done():
                 return
             if begun:
-                raise ConnectionError(f"{self.url}: {error}") from None
+                # An incomplete response is the only remaining error signal, and makes the server close the connection.
+                log.warning("a response of %s broke off: %s", self.url, error)
+                return
             await failure(self._unreached(str(error), **SENT, silent=connection.silent)).send(send)
         finally:
             rest.cancel()
@@ -488,6 +507,7 @@ class RemoteApp:
             connection.sent = body is None
             if body is not None:
                 writing = asyncio.create_task(_write_all(connection, body), name="remote-body")
+                writing.add_done_callback(partial(_unsendable, connection))
             if probed:
                 self._waits(connection)
             try:
@@ -499,6 +519,9 @@ class RemoteApp:
                 async for piece in pieces:
                     yield piece
         except Broken as error:
+            unread = None if writing is None or not writing.done() or writing.cancelled() else writing.exception()
+            if unread is not None and not isinstance(unread, Broken):
+                raise unread from None
             raise self._unreached(str(error), **SENT, silent=connection.silent) from None
         finally:
             if writing is not None:
@@ -515,8 +538,20 @@ async def first_reached(remotes: Sequence[RemoteApp]) -> RemoteApp:
     return remotes[-1]
 
 
+def _named_hop_by_hop(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """The headers that a message declares as those of its connection."""
+    return frozenset(part.strip().lower() for name, value in headers if name == b"connection"
+                     for part in value.split(b",")) - _NEEDED  # fmt: skip
+
+
 def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def _unsendable(connection: ClientConnection, writing: asyncio.Task[None]) -> None:
+    """The body of a request could not be read to its end: the worker would wait for the rest of it."""
+    if not writing.cancelled() and writing.exception() is not None:
+        connection.fail("the body of the request broke off")
 
 
 async def _write_all(connection: ClientConnection, body: AsyncIterator[bytes]) -> None:

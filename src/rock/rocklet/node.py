@@ -62,9 +62,10 @@ class Node:
         host_mounts: Sequence[str] = (),
         own_logs: bool = False,
         share: int = 1,
+        home: Path | None = None,
     ) -> None:
         """limit: maximum number of sandboxes; 0 is what memory and file descriptors permit. share: number of processes
-        that share the memory. host_mounts: folders of
+        that share the memory. home: of the server, if not that of this rocklet. host_mounts: folders of
         this machine below which sandboxes may mount folders. own_logs: of WorkerConfiguration."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
@@ -82,8 +83,8 @@ class Node:
         self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
         self.commits = Commits(images.store, self.kept, self.supervisors, self.get)
         self.builds = Builds(images, self.runtimes)
-        self.volumes = Volumes(folder.parent / "volumes", HostFolders(host_mounts, folder.parent), self._users_of,
-                               images.agents)  # fmt: skip
+        mountable = HostFolders(host_mounts, home or folder.parent)
+        self.volumes = Volumes(folder.parent / "volumes", mountable, self._users_of, images.agents)
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
         self.pools = WarmPools(self.runtimes)

@@ -72,7 +72,7 @@ async def serve(settings: Settings) -> None:
         listener.close()
         raise
     try:
-        http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, None)
+        http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, ends_within=1)
 
         async def drain() -> None:
             rocklet.let_go()

@@ -163,7 +163,7 @@ class Rocklet:
         runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images,
                          settings.env_lease, settings.host_mount_folders, bool(settings.join),
-                         settings.share)  # fmt: skip
+                         settings.share, settings.server_home)  # fmt: skip
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
@@ -379,10 +379,12 @@ class _Uvicorn(uvicorn.Server):
 
 
 def http_over(
-    app: App, settings: Settings | None = None, *, admission: Admission | None = None, head_within: float = HEAD_WITHIN
+    app: App, settings: Settings | None = None, *, admission: Admission | None = None, head_within: float = HEAD_WITHIN,
+    ends_within: int = 5,
 ) -> uvicorn.Server:
     """An HTTP server over an application, without sockets. admission: limits its connections. head_within: timeout in
-    seconds for the head of a request. InvalidConfig for an invalid certificate."""
+    seconds for the head of a request. ends_within: seconds that requests have at a stop. InvalidConfig for an invalid
+    certificate."""
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
@@ -391,7 +393,7 @@ def http_over(
         access_log=False,
         lifespan="off",
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=ends_within,
         server_header=False,
         proxy_headers=False,  # no sender of these headers is a known proxy
         ws_max_size=16 << 20,
@@ -414,8 +416,8 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
     tls_of(settings)
     listener = listen(settings.host, settings.port)
     port = listener.getsockname()[1]
-    server = make_server(replace(settings, port=port), role)
     try:
+        server = make_server(replace(settings, port=port), role)
         await server.open()
     except BaseException:
         listener.close()
