@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
 	training agents integrations kubernetes manifests ui env-packages gym-extras sync wheel release \
-	docs lock bench bench-check bench-growth bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
+	docs lock bench bench-check bench-growth bench-processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -217,6 +217,10 @@ bench-check: $(VENV)/ready-dev
 # Creates per second, and their CPU time, as sandboxes accumulate.
 bench-growth: $(VENV)/ready-dev
 	$(PY) bench/growth.py 10 500 1000 2000
+
+# One and two rocklet processes of one server, alternating: rates, and CPU time for each operation.
+bench-processes: $(VENV)/ready-dev
+	$(PY) bench/processes.py 1 2
 
 # 10,000 sandboxes made, used and destroyed; tells what is left of them. N=2000 for fewer.
 soak: $(VENV)/ready-dev

@@ -259,8 +259,8 @@ class WorkerRegistry(Mapping[str, Worker]):
         return {name: info.epoch for name, info in self._lost.items()}
 
     def is_known(self, name: str) -> bool:
-        """Whether it is a current worker, or is in the registry."""
-        return name in self.fixed or name in self._members or name in self._lost
+        """Whether it is a current worker, or is in the registry, or is a process that starts."""
+        return name in self.fixed or name in self._members or name in self._lost or name in self.processes
 
     async def statuses(self, age: float = _STATUS_AGE) -> dict[str, NodeStatus]:
         """Reports of the workers that accept sandboxes, at most a few seconds old: a worker itself rejects sandboxes

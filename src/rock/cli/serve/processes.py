@@ -57,7 +57,7 @@ def count_of(settings: Settings) -> int:
     alone = has_sandboxes(settings)
     if settings.processes > 1 and not alone:
         raise Unsupported(f"--workers {settings.processes}: this server has no sandboxes of its own",
-                          hint="set --workers for the rocklets of its workers")  # fmt: skip
+                          hint="set it for the server of a machine with sandboxes")  # fmt: skip
     if settings.processes > 1 and sys.platform != "linux":
         raise Unsupported(f"--workers {settings.processes}: several processes need Linux", hint="use --workers 1")
     if settings.processes or not alone or sys.platform != "linux":

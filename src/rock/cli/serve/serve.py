@@ -406,6 +406,9 @@ def http_over(
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """The application of a process with these settings."""
     count = count_of(settings)
+    if role is not Server and settings.processes > 1:
+        raise Unsupported(f"ROCK_PROCESSES={settings.processes}: a rocklet is one process",
+                          hint="start several rocklets, each with its own ROCK_HOME, --name and --port")  # fmt: skip
     if role is Server and (count > 1 or not has_sandboxes(settings)):
         return Control(settings, make_store(settings), count)
     return role(settings)
