@@ -21,7 +21,31 @@ class Inventory:
 
 def take_inventory(home: Path, pid: int) -> Inventory:
     """What is there now. `pid`: the server's; its launcher is no leak, but what the launcher made is."""
-    return Inventory(frozenset([*_processes(pid), *_folders(home), *_cgroups(home), *_mounts(home), *_files(pid)]))
+    found = [*_mounts(home)]
+    for one in homes(home):
+        found += [*_folders(one), *_cgroups(one)]
+    members = _members(pid)
+    for server in (pid, *members):
+        found += [*_processes(server, members), *_files(server)]
+    return Inventory(frozenset(found))
+
+
+def homes(home: Path) -> list[Path]:
+    """Where the sandboxes of a server are: its home, and those of its further rocklet processes."""
+    return [home, *sorted((home / "processes").glob("[1-9]*"))]
+
+
+def _members(server: int) -> list[int]:
+    """The rocklet processes of a server that has several."""
+    found = []
+    children = Path(f"/proc/{server}/task/{server}/children")
+    for pid in children.read_text().split() if children.exists() else ():
+        try:
+            if b"rock.cli.serve.member" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+        except OSError:
+            pass
+    return found
 
 
 def _stat(pid: str) -> tuple[int, str, str] | None:
@@ -34,14 +58,16 @@ def _stat(pid: str) -> tuple[int, str, str] | None:
     return int(fields[1]), name, fields[19]
 
 
-def _processes(server: int) -> Iterator[str]:
-    """Descendants of the server, its launcher excepted, by pid and start time."""
+def _processes(server: int, members: list[int]) -> Iterator[str]:
+    """Descendants of the server, its launcher and its rocklet processes excepted, by pid and start time."""
     found = {int(p): s for p in os.listdir("/proc") if p.isdigit() and (s := _stat(p))}
     for pid, (_, name, start) in found.items():
         chain, at = [], pid
         while at in found and at != server:
             chain.append(at)
             at = found[at][0]
+        if chain and chain[-1] in members:
+            continue
         if at == server and len(chain) > 1 and name != "rock-nets":  # the launcher's own, which makes networks ahead
             yield f"process {pid} {name} {start}"
 

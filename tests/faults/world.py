@@ -30,6 +30,7 @@ from rock.errors import StorageFull, Unavailable, from_wire
 from rock.protocol.routes import ROUTES
 from rock.runtime.namespace import records
 from rock.sync.transport import Transport
+from tests.leaks import homes
 from tests.store.postgres_server import Databases, postgres
 
 KINDS = ("process", "apart", "namespace", "branches", "joined", "joined-namespace", "cluster", "postgres", "damage")
@@ -245,24 +246,25 @@ class World:
     @property
     def records(self) -> set[str]:
         """Ids of sandboxes whose records are on the disks of workers."""
-        folders = [server.home / "run" / "records" for server in self.holders]
+        folders = [home / "run" / "records" for server in self.holders for home in homes(server.home)]
         return {path.name for folder in folders for path in folder.iterdir() if not path.name.startswith(".")}
 
     @property
     def pids(self) -> int:
         """How many pid 1 of sandboxes there are on this machine that a server of ours started."""
         if self.runtime == "namespace":
-            return sum(len(records.slots(server.home / "run" / "namespace")) for server in self.holders)
+            folders = [home / "run" / "namespace" for server in self.holders for home in homes(server.home)]
+            return sum(len(records.slots(folder)) for folder in folders)
         return len(self.roots)
 
     @property
     def roots(self) -> list[int]:
         """The pid 1 of each sandbox of the process runtime."""
-        homes = tuple(f"{server.home}/run/process/" for server in self.holders)
+        folders = tuple(f"{home}/run/process/" for server in self.holders for home in homes(server.home))
         found = []
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{entry}/fd/1").startswith(homes):
+                if os.readlink(f"/proc/{entry}/fd/1").startswith(folders):
                     found.append(int(entry))
         return found
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from rock import faults
 from rock.cli.serve.home import Home
-from rock.cli.serve.processes import SOCKET
+from rock.cli.serve.processes import socket_in
 from rock.cli.serve.serve import Rocklet, http_over, prepare_process, run, stop_on_signals
 from rock.errors import Conflict, RockError, ServerError
 from rock.http import unix
@@ -65,7 +65,9 @@ async def serve(settings: Settings) -> None:
     home = MemberHome(settings)
     await home.wait()
     rocklet = Rocklet(settings, home=home)
-    listener = unix.listen(settings.process_dir / SOCKET)
+    for old in settings.process_dir.glob("*.sock"):
+        old.unlink(missing_ok=True)
+    listener = unix.listen(socket_in(settings.process_dir, settings.advertise))
     try:
         await rocklet.open()
     except BaseException:

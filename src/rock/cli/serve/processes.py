@@ -2,7 +2,7 @@
 
     server      control plane, proxy, the one port; starts the processes, and restarts one that ends
       │ home/processes/server.sock: each process joins here, and sends heartbeats
-      │ home/processes/K/rocklet.sock: commands, and requests to sandboxes
+      │ home/processes/K/SECRET.sock: commands, and requests to sandboxes
       ▼
     process K   a worker: "local" for 0, else "local-K"; it ends when the server ends, its sandboxes continue
 
@@ -37,7 +37,7 @@ from rock.store.base import Workers
 
 log = logging.getLogger("rock.server")
 
-SERVER_SOCKET, SOCKET = "server.sock", "rocklet.sock"
+SERVER_SOCKET = "server.sock"
 _READY_WITHIN = 60.0  # seconds for the first start of a process
 _END_WITHIN = 15.0  # seconds for a process to end after SIGTERM
 _PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds before a restart
@@ -129,6 +129,12 @@ def _holds(home: Path) -> bool:
     return False
 
 
+def socket_in(folder: Path, url: str) -> Path:
+    """The socket of a process. Its name is new for each run of the server: a process of a killed server may serve for a
+    moment longer, with another key."""
+    return folder / f"{url.removeprefix(PROCESS)}.sock"
+
+
 class Processes:
     """The rocklet processes of a server. count: at least two. key: with which they join, and which they require."""
 
@@ -149,7 +155,7 @@ class Processes:
 
     def socket_of(self, name: str) -> Path:
         """The socket at which a process serves."""
-        return self._folder / str(self.names.index(name)) / SOCKET
+        return socket_in(self._folder / str(self.names.index(name)), self.urls[name])
 
     def _settings_of(self, number: int) -> Settings:
         shared = self._settings
