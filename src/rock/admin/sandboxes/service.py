@@ -41,6 +41,7 @@ from rock.store.blobs import Blobs
 log = logging.getLogger("rock.admin")
 
 _ELSEWHERE = 0.2  # seconds between two checks of a start on another server
+_CLUSTER = 12.0  # seconds that a stop waits for a cluster that does not respond
 _MOST_PLACED = 4  # workers that are tried for one sandbox before the create is rejected
 
 
@@ -282,17 +283,31 @@ class Service:
     async def stop(
         self, sandbox_id: str, cause: Cause = Cause.USER, reason: str = "stopped by its user"
     ) -> SandboxInfo:
-        """Stop it and wait until its worker is cleaned up, except for retained files; a stopped one stays unchanged."""
+        """Stop it and wait until its worker is cleaned up, except for retained files; a stopped one stays unchanged.
+
+        Where a cluster makes a machine for each sandbox and does not respond, the result is `stopping`: the stop is
+        accepted, and the leader completes it when the cluster responds."""
         record = await self.records.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
         if record.state is State.STOPPING:
+            reservations = self.placer.reservations
+            later = reservations is not None and reservations.exclusive
             try:
-                record = await self.finish_stop(record)
+                async with asyncio.timeout(_CLUSTER if later else None):
+                    record = await self.finish_stop(record)
+            except (Unavailable, TimeoutError) as error:
+                self.records.unfinished(sandbox_id)
+                if not later:
+                    raise
+                log.warning("stop of %s: %r; it continues when the cluster responds", sandbox_id, error)
             except BaseException:
                 self.records.unfinished(sandbox_id)
                 raise
         return record.info
 
     async def finish_stop(self, record: Record) -> Record:
+        reservations = self.placer.reservations
+        if reservations is not None and reservations.exclusive:
+            await self.start_tasks.give_up(record.id)  # else it would make the machine later
         if record.info.archive is not None:
             return await self._give_up_restore(record)
         await faults.point("stop.saved")
