@@ -239,7 +239,7 @@ class Nodes:
             node = (pod.get("spec") or {}).get("nodeName")
             if node and (pod.get("status") or {}).get("phase") not in ("Failed", "Succeeded"):
                 counts[node] = counts.get(node, 0) + 1
-            elif not node and not pod["metadata"].get("deletionTimestamp"):
+            elif not node and not pod["metadata"].get("deletionTimestamp") and _is_own(pod):
                 waiting.append(pod)
         nodes = self._objects.list(NODES) if waiting else []
         for pod in waiting:
@@ -447,6 +447,11 @@ def _decoded(secret: Object) -> dict[str, str]:
 
     found = {name: base64.b64decode(value).decode() for name, value in (secret.get("data") or {}).items()}
     return {**found, **(secret.get("stringData") or {})}
+
+
+def _is_own(pod: Object) -> bool:
+    """Whether the default scheduler binds it."""
+    return (pod.get("spec") or {}).get("schedulerName", "default-scheduler") == "default-scheduler"
 
 
 def _ready(pod: Object) -> bool:
