@@ -151,7 +151,7 @@ class Admin:
             found = self._reservations
             workers.check_join = _join_check(found if isinstance(found, PodReservations) else None)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit, self._reservations,
-                               _ttl(settings.snapshot_ttl))
+                               _ttl(settings.snapshot_ttl), settings.capacity_wait)
         self.workers = workers
         self.leader = Leader(store, lambda: Reconciler(self.service)) if leads else None
         self.catalogue = Catalogue(settings.catalogue)

@@ -451,7 +451,7 @@ def _decoded(secret: Object) -> dict[str, str]:
 
 def _is_own(pod: Object) -> bool:
     """Whether the default scheduler binds it."""
-    return (pod.get("spec") or {}).get("schedulerName", "default-scheduler") == "default-scheduler"
+    return bool((pod.get("spec") or {}).get("schedulerName", "default-scheduler") == "default-scheduler")
 
 
 def _ready(pod: Object) -> bool:
