@@ -118,14 +118,14 @@ def access_of(settings: Settings) -> Access:
     return found
 
 
-def _join_check(pods: PodReservations | None) -> Callable[[JoinWorker], None]:
+def _join_check(pods: PodReservations | None) -> Callable[[JoinWorker], Awaitable[None]]:
     """Sandbox pods join by the address that the cluster reports, and only at servers that follow the cluster."""
 
-    def check(spec: JoinWorker) -> None:
+    async def check(spec: JoinWorker) -> None:
         if spec.name.startswith(POD_PREFIX):
             if pods is None:
                 raise Unavailable("this server does not follow the cluster", hint="join the writers only")
-            pods.check_join(spec.name, urlsplit(spec.url).hostname or "")
+            await pods.check_join(spec.name, urlsplit(spec.url).hostname or "")
 
     return check
 
