@@ -112,8 +112,8 @@ def test_a_masked_proc(level: str, home: Path, path: str) -> None:
 @needs_root
 @pytest.mark.parametrize("masked", [False, True])
 def test_locked_masks_of_proc_at_level_a(masked: bool, home: Path, path: str) -> None:
-    """Where the masks are locked, the kernel refuses a /proc of a sandbox, and the runtime its start; doctor has the line
-    that changes it. Without masks a pod whose mounts are locked is of level A as any other."""
+    """Where the masks are locked, the kernel refuses a /proc of a sandbox, and the runtime its start; doctor has the
+    line that changes it. Without masks a pod whose mounts are locked is of level A as any other."""
     assert PYTHON is not None
     box = PodBox("A", home, path, masked, locked=True)
     done = box.run(PYTHON, str(Path(__file__).parent / "in_pod.py"), str(home))
