@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
-	training agents integrations kubernetes manifests ui env-packages gym-extras sync wheel release \
+	training agents integrations kubernetes real-apiserver chart manifests ui env-packages gym-extras sync wheel release \
 	docs lock bench bench-check bench-growth bench-processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -157,6 +157,18 @@ cluster: $(VENV)/ready-dev
 # ROCK_TEST_CACHE; `test` runs a short part.
 kubernetes: $(VENV)/ready-dev
 	ROCK_TEST_KUBERNETES=1 $(PY) -m pytest tests/kubernetes
+
+# The contract of the API server, and pod mode, on a real kube-apiserver: built from Debian's packages into
+# ROCK_TEST_CACHE, 5 to 20 minutes once.
+APISERVER = $${ROCK_TEST_CACHE:-$$HOME/.cache/rock-tests}/kubernetes/apiserver
+
+real-apiserver: $(VENV)/ready-dev
+	nice -n 19 tools/real_apiserver.sh build $(APISERVER)
+	tools/real_apiserver.sh run $(APISERVER) $(PY) -m pytest -s tests/kubernetes/test_api_contract.py
+
+# Lint and schemas of the chart and of all of its examples, with helm and kubernetes-validate from ROCK_TEST_CACHE.
+chart: $(VENV)/ready-dev
+	$(PY) -m pytest -q -rs tests/kubernetes/test_chart.py
 
 # deploy/kubernetes from the Helm chart; HELM=PROGRAM.
 manifests: $(VENV)/ready-dev

@@ -77,6 +77,7 @@ each sandbox, docs/guides/kubernetes.md |
 | ROCK_KUBERNETES_INSTANCE | rock | a name of this installation; pods of others in the namespace are not touched |
 | ROCK_KUBERNETES_QPS | 50 | requests per second to the API server, after a burst of twice as many |
 | ROCK_KUBERNETES_RESYNC | 60 | seconds between two lists of all pods, beside the watch |
+| ROCK_CAPACITY_WAIT | 0 | seconds that a create waits while no worker has capacity; 0 fails at once |
 | ROCK_KUBERNETES_UNSCHEDULABLE | 60 | seconds that a pod may wait for a node until its sandbox fails |
 | KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT | none | the API server, as a cluster gives it to its pods |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
@@ -345,6 +346,7 @@ class Settings:
     kubernetes_qps: float = 50.0
     kubernetes_resync: float = 60.0
     kubernetes_unschedulable: float = 60.0
+    capacity_wait: float = 0.0
     kubernetes_host: str = ""
     kubernetes_port: str = ""
     lease_lost: str = "keep"
@@ -483,6 +485,7 @@ class Settings:
             ("kubernetes_qps", float),
             ("kubernetes_resync", float),
             ("kubernetes_unschedulable", float),
+            ("capacity_wait", float),
             ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),
@@ -528,7 +531,7 @@ class Settings:
         values |= {k: v for k, v in given.items() if v is not None}
         for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0), ("reconnect_timeout", 0.0),
                             ("env_lease", 1.0), ("kubernetes_qps", 0.1), ("kubernetes_resync", 1.0),
-                            ("kubernetes_unschedulable", 0.0)):
+                            ("kubernetes_unschedulable", 0.0), ("capacity_wait", 0.0)):
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")

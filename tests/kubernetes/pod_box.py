@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rock.runtime.namespace.launcher import userns
-from tests.unprivileged import open_to_all
+from tests.unprivileged import interpreter, open_to_all
 
 FIRST, COUNT = 1_000_000_000, 65_536
 _SETUP = """
@@ -35,15 +35,28 @@ fi
 """
 
 
+# A user namespace and a mount namespace inside of those that made the mounts: what these mounts hide is locked.
+_LOCKED = """
+import os, sys
+from rock.runtime.namespace.launcher import userns
+fd = userns.make("0 0 65536\\n", "0 0 65536\\n")
+os.set_inheritable(fd, True)
+os.execvp("nsenter", ["nsenter", f"--user=/proc/self/fd/{fd}", "-S", "0", "-G", "0", "--", "unshare", "--mount",
+                      *sys.argv[1:]])
+"""
+
+
 class PodBox:
     """level: A or B. home: a folder of the tests, in which anybody may enter. path: PYTHONPATH. masked: /proc as it is
-    without procMount: Unmasked."""
+    without procMount: Unmasked. locked: as a container engine does that makes the mounts before the user namespace, so
+    that nothing inside can remove the masks."""
 
-    def __init__(self, level: str, home: Path, path: str, masked: bool = False) -> None:
+    def __init__(self, level: str, home: Path, path: str, masked: bool = False, locked: bool = False) -> None:
         self.level = level
         self._home = home
         self._path = path
         self._masked = masked
+        self._locked = locked
 
     @contextmanager
     def _namespace(self) -> Iterator[int]:
@@ -61,6 +74,8 @@ class PodBox:
         if self.level == "B":
             user = "--reuid 1000 --regid 1000 --clear-groups --bounding-set=-all"
             drop = f'chown 1000:1000 "$BOX_HOME"; exec setpriv {user} '
+        if self._locked:
+            argv = (interpreter() or "python3", "-c", _LOCKED, *argv)
         given = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": self._path,
                  "BOX_HOME": str(self._home), "BOX_MASKED": "1" if self._masked else "", "HOME": str(self._home),
                  "TMPDIR": str(self._home), "ROCK_HOME": f"{self._home}/rock", "LANG": "C.UTF-8",

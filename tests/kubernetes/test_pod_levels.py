@@ -110,6 +110,27 @@ def test_a_masked_proc(level: str, home: Path, path: str) -> None:
 
 
 @needs_root
+@pytest.mark.parametrize("masked", [False, True])
+def test_locked_masks_of_proc_at_level_a(masked: bool, home: Path, path: str) -> None:
+    """Where the masks are locked, the kernel refuses a /proc of a sandbox, and the runtime its start; doctor has the
+    line that changes it. Without masks a pod whose mounts are locked is of level A as any other."""
+    assert PYTHON is not None
+    box = PodBox("A", home, path, masked, locked=True)
+    done = box.run(PYTHON, str(Path(__file__).parent / "in_pod.py"), str(home))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    doctor = box.run(PYTHON, "-m", "rock", "doctor", "--kubernetes", "--json")
+    rows = {row["name"]: row["detail"] for row in json.loads(doctor.stdout)}
+    if masked:
+        assert found["error"] == "Unsupported" and "proc" in found["message"], found
+        assert rows["level"].startswith("D: runtime landlock") and "procMount: Unmasked" in rows["for level A"]
+    else:
+        assert found["isolation"] in ("namespaces", "userns") and found["left"] == [], found
+        assert [name for name, status in found["attempts"].items() if status == 0] == []
+        assert rows["level"].startswith("A: runtime namespace")
+
+
+@needs_root
 @pytest.mark.parametrize(("level", "masked", "shown", "line"), [
     ("A", False, "A: runtime namespace", ""),
     ("B", False, "B: runtime namespace", "hostUsers: false"),

@@ -118,14 +118,14 @@ def access_of(settings: Settings) -> Access:
     return found
 
 
-def _join_check(pods: PodReservations | None) -> Callable[[JoinWorker], None]:
+def _join_check(pods: PodReservations | None) -> Callable[[JoinWorker], Awaitable[None]]:
     """Sandbox pods join by the address that the cluster reports, and only at servers that follow the cluster."""
 
-    def check(spec: JoinWorker) -> None:
+    async def check(spec: JoinWorker) -> None:
         if spec.name.startswith(POD_PREFIX):
             if pods is None:
                 raise Unavailable("this server does not follow the cluster", hint="join the writers only")
-            pods.check_join(spec.name, urlsplit(spec.url).hostname or "")
+            await pods.check_join(spec.name, urlsplit(spec.url).hostname or "")
 
     return check
 
@@ -151,7 +151,7 @@ class Admin:
             found = self._reservations
             workers.check_join = _join_check(found if isinstance(found, PodReservations) else None)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit, self._reservations,
-                               _ttl(settings.snapshot_ttl))
+                               _ttl(settings.snapshot_ttl), settings.capacity_wait)
         self.workers = workers
         self.leader = Leader(store, lambda: Reconciler(self.service)) if leads else None
         self.catalogue = Catalogue(settings.catalogue)

@@ -200,6 +200,10 @@ class Reconciler:
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)
 
+    @property
+    def _has_pods(self) -> bool:
+        return isinstance(self.service.placer.reservations, PodReservations)
+
     def _again(self, sandbox_id: str) -> None:
         self._unfinished.add(sandbox_id)
         self._push(time.time() + _RETRY, sandbox_id)
@@ -293,6 +297,8 @@ class Reconciler:
             if record.state is State.PENDING:
                 # create is idempotent: an existing sandbox is returned, not made again
                 self.service.start_tasks.begin(record)
+            elif record.state is State.STOPPING and self._has_pods:
+                self._again(record.id)  # the start of this server does not wait for the cluster
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             elif record.state is State.ARCHIVING:

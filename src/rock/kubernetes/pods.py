@@ -11,6 +11,7 @@ stops wait.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,7 @@ from rock.scheduler.base import MachineEnd
 log = logging.getLogger("rock.kubernetes")
 
 _AGAIN = 1.0  # seconds between attempts while the API server does not respond
+_WATCH_LAG = 2.0  # seconds that a join waits until the watch has reported the address of its pod
 _MOST_KEPT = 100_000  # failures of pods that are not released yet
 
 
@@ -65,6 +67,7 @@ class PodReservations:
         self.warm = WarmPods(api, self._path, self._informer, templates, self._joining, joined)
         self._failures: dict[str, Failure] = {}  # by pod: of those that ended and are not released
         self._waiting: dict[str, asyncio.Event] = {}  # by pod
+        self._joining_now: dict[str, asyncio.Event] = {}  # by pod: of rocklets that are faster than the watch
         self._confirming: dict[str, asyncio.Task[None]] = {}
 
     async def open(self) -> None:
@@ -121,9 +124,10 @@ class PodReservations:
 
     def changed(self, name: str) -> None:
         """A pod changed, or a worker joined or left."""
-        event = self._waiting.get(name)
-        if event is not None:
-            event.set()
+        for waiting in (self._waiting, self._joining_now):
+            event = waiting.get(name)
+            if event is not None:
+                event.set()
 
     def failures(self) -> dict[str, MachineEnd]:
         """By worker: machines that ended, and are not released."""
@@ -146,13 +150,26 @@ class PodReservations:
         """Whether the pod of a worker may be there, by what the watch reports."""
         return not self._informer.synced.is_set() or worker in self._informer.objects or worker in self._waiting
 
-    def check_join(self, name: str, host: str) -> None:
+    async def check_join(self, name: str, host: str) -> None:
         """Unavailable for a worker that does not report the address of its pod: code in a sandbox must not make this
-        server connect to another address."""
-        pod = self._informer.objects.get(name)
-        if pod is None or (pod.get("status") or {}).get("podIP") != host:
+        server connect to another address. A rocklet may be faster than the watch, which is waited for."""
+        if self._has_address(name, host):
+            return
+        event = self._joining_now.setdefault(name, asyncio.Event())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WATCH_LAG):
+                while not self._has_address(name, host):
+                    event.clear()
+                    await event.wait()
+        if self._joining_now.get(name) is event:
+            del self._joining_now[name]
+        if not self._has_address(name, host):
             raise Unavailable(f"the address of pod {name} is not known yet, or another one",
                               hint="the rocklet tries again by itself")  # fmt: skip
+
+    def _has_address(self, name: str, host: str) -> bool:
+        pod = self._informer.objects.get(name)
+        return pod is not None and (pod.get("status") or {}).get("podIP") == host
 
     def check_names(self, names: Iterable[str]) -> None:
         """InvalidConfig for a template that does not exist."""

@@ -63,6 +63,10 @@ http://{{ .Release.Name }}-reader.{{ .Release.Namespace }}:{{ .Values.admin.port
 {{- else if gt (int .root.Values.reader.replicas) 0 }}
 - {name: ROCK_READER, value: {{ include "rock.reader.url" .root | quote }}}
 {{- end }}
+{{- if and (eq .root.Values.mode "workers") .root.Values.monitoring.keda.enabled (ne .role "read") }}
+# A create waits for the worker that KEDA adds.
+- {name: ROCK_CAPACITY_WAIT, value: {{ .root.Values.monitoring.keda.capacityWait | quote }}}
+{{- end }}
 {{- if eq .root.Values.mode "pod" }}
 - {name: ROCK_SCHEDULER, value: "kubernetes"}
 - {name: ROCK_KUBERNETES_NAMESPACE, value: {{ include "rock.workers.namespace" .root | quote }}}

@@ -74,8 +74,9 @@ class RetainedSandboxes:
 
     async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
         """Delete a stopped sandbox and its files; with `force` it is stopped first."""
-        if force:
-            await self._stop(sandbox_id)
+        if force and (await self._stop(sandbox_id)).state is State.STOPPING:
+            raise Unavailable(f"sandbox {sandbox_id} is not deleted: the API server of the cluster does not respond, "
+                              "and its stop, which is accepted, waits for it", sandbox_id=sandbox_id, hint="retry")
         record = await self._deleted(sandbox_id)
         await faults.point("delete.files_gone")
         await self._records.store.delete(sandbox_id)
@@ -301,7 +302,8 @@ class Cleanup:
             elif worker is not None:
                 lost = not (await worker.rest(record.id)).kept
         except Unavailable:
-            if worker is not None and self._workers.get(worker.name) is worker:
+            pod = self._reservations is not None and self._reservations.exclusive  # its end is that of the sandbox
+            if worker is not None and self._workers.get(worker.name) is worker and not pod:
                 raise
             # The worker is lost meanwhile: it ends its sandboxes itself, or on request when it joins again
         if self._reservations is not None:

@@ -22,13 +22,13 @@ from rock.admin.sandboxes.groups import Groups
 from rock.admin.sandboxes.lifecycle import Effect, Event
 from rock.admin.sandboxes.records import Records
 from rock.admin.sandboxes.retention import Archive, Cleanup, RetainedSandboxes
-from rock.admin.sandboxes.starts import CREATES, Starts
+from rock.admin.sandboxes.starts import CREATES, WAITS, Starts
 from rock.admin.snapshots import Snapshots
 from rock.admin.volumes import Volumes
 from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import Conflict, RockError, Unavailable
+from rock.errors import Conflict, NoCapacity, RockError, Unavailable
 from rock.protocol.action import ConnectionList
 from rock.protocol.keys import Caller
 from rock.protocol.node import NodeStatus, SandboxList
@@ -41,6 +41,7 @@ from rock.store.blobs import Blobs
 log = logging.getLogger("rock.admin")
 
 _ELSEWHERE = 0.2  # seconds between two checks of a start on another server
+_CLUSTER = 12.0  # seconds that a stop waits for a cluster that does not respond
 _MOST_PLACED = 4  # workers that are tried for one sandbox before the create is rejected
 
 
@@ -56,6 +57,7 @@ class Service:
         archive_limit: int = 64 << 30,
         reservations: Reservations | None = None,
         snapshot_ttl: float = 3600.0,
+        capacity_wait: float = 0.0,
     ) -> None:
         self.store = store
         self.workers = workers
@@ -64,7 +66,8 @@ class Service:
         self.volumes = Volumes(store, workers)
         self.cleanup = Cleanup(self.records, workers, reservations)
         self.archive = Archive(self.records, workers, self.cleanup, blobs, archive_limit)
-        self.start_tasks = Starts(self.records, workers, self.placer, self.archive)
+        self.start_tasks = Starts(self.records, workers, self.placer, self.archive, capacity_wait)
+        self._capacity_wait = capacity_wait
         started = self.start_tasks.waited
         self.kept = RetainedSandboxes(self.records, workers, self.cleanup, self.archive, self.stop, started)
         self.commits = Commits(self.records, workers, archive_limit)
@@ -127,12 +130,20 @@ class Service:
         sandbox_id = config.sandbox_id or secrets.token_hex(16)
         record: Record | None = None
         try:
-            worker, status = None, None
+            worker, status, waits = None, None, None
             if self.placer.reservations is not None:
                 await self.placer.check(config)
             else:
-                worker, status = await self._placed(sandbox_id, config)
+                try:
+                    worker, status = await self._placed(sandbox_id, config)
+                except (NoCapacity, Unavailable) as error:
+                    if not self._capacity_wait or config.volumes or config.snapshot is not None:
+                        raise
+                    waits = error.message
             info = lifecycle.new_info(sandbox_id, config, worker.name if worker else None, status, caller.owner)
+            if waits is not None:
+                phase = Phase(status="waiting", message=f"waits for a worker: {waits}", started_at=info.created_at)
+                info = info.model_copy(update={"phases": {WAITS: phase}})
             record = await self.store.insert(Record(info, config, key), caller.quota)
             await faults.point("create.saved")
             if record.state is State.PENDING:
@@ -282,17 +293,31 @@ class Service:
     async def stop(
         self, sandbox_id: str, cause: Cause = Cause.USER, reason: str = "stopped by its user"
     ) -> SandboxInfo:
-        """Stop it and wait until its worker is cleaned up, except for retained files; a stopped one stays unchanged."""
+        """Stop it and wait until its worker is cleaned up, except for retained files; a stopped one stays unchanged.
+
+        Where a cluster makes a machine for each sandbox and does not respond, the result is `stopping`: the stop is
+        accepted, and the leader completes it when the cluster responds."""
         record = await self.records.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
         if record.state is State.STOPPING:
+            reservations = self.placer.reservations
+            later = reservations is not None and reservations.exclusive
             try:
-                record = await self.finish_stop(record)
+                async with asyncio.timeout(_CLUSTER if later else None):
+                    record = await self.finish_stop(record)
+            except (Unavailable, TimeoutError) as error:
+                self.records.unfinished(sandbox_id)
+                if not later:
+                    raise
+                log.warning("stop of %s: %r; it continues when the cluster responds", sandbox_id, error)
             except BaseException:
                 self.records.unfinished(sandbox_id)
                 raise
         return record.info
 
     async def finish_stop(self, record: Record) -> Record:
+        reservations = self.placer.reservations
+        if record.info.worker is None or (reservations is not None and reservations.exclusive):
+            await self.start_tasks.give_up(record.id)  # else it would make the machine, or be placed, later
         if record.info.archive is not None:
             return await self._give_up_restore(record)
         await faults.point("stop.saved")

@@ -41,6 +41,8 @@ STARTS = REGISTRY.histogram("rock_sandbox_start_seconds", "From a pending record
 
 log = logging.getLogger("rock.admin")
 
+WAITS = "worker"  # the phase of a start that waits for a worker
+_BEFORE = 0.5  # seconds before the time limit of a start at which the wait for a worker ends
 _MOST_REJECTIONS = 5  # full workers that a start tries after the first
 _PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts of a start whose worker is unreachable
 
@@ -50,11 +52,15 @@ class Starts:
     sandbox that could not be started. on_restarted: called with the id of a sandbox that runs again from its files,
     before its start has ended for its clients; it raises nothing."""
 
-    def __init__(self, records: Records, workers: WorkerRegistry, placer: Placer, archive: Archive) -> None:
+    def __init__(
+        self, records: Records, workers: WorkerRegistry, placer: Placer, archive: Archive, capacity_wait: float = 0.0
+    ) -> None:
+        """capacity_wait: seconds that a sandbox without a worker waits for one."""
         self._records = records
         self._workers = workers
         self._placer = placer
         self._archive = archive
+        self._capacity_wait = capacity_wait
         self.on_failed: list[Callable[[Record], None]] = []
         self.on_restarted: list[Callable[[str], Awaitable[None]]] = []
         self.queue = StartQueue(lambda: len(workers))
@@ -154,13 +160,20 @@ class Starts:
         names."""
         if self._placer.reservations is not None:
             worker = await self._placer.reserve(record)
+        elif record.info.archive is None and record.info.worker is None:
+            # Before the time limit of the start, so that the error states what is missing.
+            seconds = min(self._capacity_wait, max(0.0, record.config.startup_timeout - _BEFORE))
+            worker = await self._placer.awaited(record.id, record.config, seconds)
+            await worker.check(record.config)
         elif record.info.archive is None:
             return self._workers.required(record.info.worker)
         else:
             worker = await self._placer.place(record.id, record.config)
         if worker.name != record.info.worker:
             status = self._placer.status(worker.name) or await worker.status()
-            await self._records.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
+            phases = {name: phase for name, phase in record.info.phases.items() if name != WAITS}
+            await self._records.amend(record.id, worker=worker.name, host_name=status.host_name,
+                                      host_ip=status.host_ip, phases=phases)  # fmt: skip
         return worker
 
     async def _started(self, worker: Worker, record: Record, fresh: bool) -> NodeSandbox:

@@ -22,6 +22,7 @@ log = logging.getLogger("rock.admin")
 
 _FRESH = 1.0  # seconds for which a report is current
 _STALE = 5.0  # seconds after which a report is not used for placement
+_AGAIN = 1.0  # seconds between two placements of a sandbox that waits for capacity
 _HOLDING = (State.PENDING, State.RUNNING, State.STOPPING)
 _NEW = 0.1  # the same when the last report shows no free capacity, and for a group, which may fill many workers
 
@@ -68,6 +69,29 @@ class Placer:
             name = self._scheduler.place(config)
         self._placed.setdefault(sandbox_id, []).append((name, config.num_gpus or 0.0))
         return self._there(name)
+
+    async def awaited(self, sandbox_id: str, config: SandboxConfig, seconds: float) -> Worker:
+        """`place`, with retries while no worker has capacity; after `seconds` the error of the last one."""
+        end = time.monotonic() + seconds
+        changed = asyncio.Event()
+
+        def ready(_: str) -> None:
+            changed.set()
+
+        self._workers.on_ready.append(ready)
+        try:
+            while True:
+                changed.clear()
+                try:
+                    return await self.place(sandbox_id, config)
+                except (NoCapacity, Unavailable):
+                    if (left := end - time.monotonic()) <= 0:
+                        raise
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(_AGAIN, left)):
+                        await changed.wait()
+        finally:
+            self._workers.on_ready.remove(ready)
 
     async def place_group(
         self, ids: list[str], config: SandboxConfig, placement: Placement, whole: bool

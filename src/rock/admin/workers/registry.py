@@ -66,7 +66,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
         self.on_ready: list[Callable[[str], None]] = []
-        self.check_join: Callable[[JoinWorker], None] | None = None  # raises for a worker that must not join
+        self.check_join: Callable[[JoinWorker], Awaitable[None]] | None = None  # raises for one that must not join
         self.processes: Mapping[str, str] = {}  # URLs by name of the rocklets that this server has started
         self.version = 0  # grows when a worker joins, leaves, or is drained
         self._in_join: Counter[str] = Counter()  # requests to join that are being saved, by worker
@@ -318,7 +318,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         if spec.url.startswith(PROCESS) and self.processes.get(spec.name) != spec.url:
             raise NotFound(f"{spec.name} is no process of this server", hint="choose another --name")
         if self.check_join is not None:
-            self.check_join(spec)
+            await self.check_join(spec)
         self._in_join[spec.name] += 1
         try:
             info = await self._table().join(spec)

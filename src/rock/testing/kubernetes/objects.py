@@ -197,9 +197,9 @@ class Objects:
         return made
 
     def finish(self, kind: Kind, namespace: str, name: str, uid: str) -> None:
-        """A pod ended: its kubelet removes it."""
+        """A pod ended: its kubelet removes it, unless a finalizer holds it."""
         found = self._found[kind].get((namespace, name))
-        if found is not None and found["metadata"]["uid"] == uid:
+        if found is not None and found["metadata"]["uid"] == uid and not found["metadata"].get("finalizers"):
             self._remove(kind, found)
 
     def set_status(self, kind: Kind, namespace: str, name: str, **fields: Any) -> Object:
