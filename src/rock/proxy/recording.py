@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from rock import faults
-from rock.errors import DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, StartFailed, Unavailable
+from rock.errors import DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, RockError, StartFailed, Unavailable
 from rock.http.asgi import Answer, App, Receive, Router, Scope, Send, failure
 from rock.protocol.recordings import (
     LARGEST_REQUEST,
@@ -167,7 +167,8 @@ class _Repeat:
 # ---- messages ----
 
 class _Recorded:
-    """Forwards a response, and holds its end until it is recorded."""
+    """Forwards a response, and holds its end until it is recorded. If that fails, the client gets the error instead: a
+    repetition of the request gets the response of the worker."""
 
     def __init__(self, send: Send, entry: RecordedEntry, finish: Callable[[], Awaitable[None]]) -> None:
         self._send = send
@@ -176,16 +177,22 @@ class _Recorded:
         self._parts: list[bytes] = []
         self._size = 0
         self._code = b""
+        self._start: MutableMapping[str, Any] | None = None  # held until there is a part of the body
+        self._refused = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         entry = self._entry
+        if self._refused:
+            return
         if message["type"] == "http.response.start":
             entry.status = int(message["status"])
             self._code = next((value for name, value in message["headers"] if name.lower() == b"x-rock-error"), b"")
             lines = [name.decode("latin-1") + ": " + value.decode("latin-1")
                      for name, value in message["headers"] if name.lower() in _KEPT]  # fmt: skip
             entry.response_type = "\n".join(lines)[:1000]
-        elif message["type"] == "http.response.body":
+            self._start = message
+            return
+        if message["type"] == "http.response.body":
             part = bytes(message.get("body", b""))
             self._size += len(part)
             if self._size <= LARGEST_RESPONSE:
@@ -196,7 +203,17 @@ class _Recorded:
                 entry.response_bytes = self._size
                 whole = self._size <= LARGEST_RESPONSE
                 entry.response = b64encode(b"".join(self._parts)).decode() if whole else None
-                await self._finish()
+                try:
+                    await self._finish()
+                except RockError as error:
+                    if self._start is None:
+                        raise ConnectionAbortedError("a response that began could not be recorded") from error
+                    self._refused = True
+                    await failure(error).send(self._send)
+                    return
+        if self._start is not None:
+            start, self._start = self._start, None
+            await self._send(start)
         await self._send(message)
 
 
