@@ -32,7 +32,7 @@ from rock.protocol.recordings import (
 )
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.store.base import Store
-from rock.store.recordings import opened
+from rock.store.recordings import Head, opened
 
 _REMEMBERED = 20_000
 _TYPE = b"content-type"
@@ -72,8 +72,8 @@ class Recorder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send, sandbox_id: str, forward: App) -> None:
         """Serve a request to a recorded sandbox. forward: leads to its worker."""
         websocket = scope["type"] == "websocket"
-        found = self._rows.match("WEBSOCKET" if websocket else scope["method"], scope["path"])
-        name = found[2].name if found is not None else ""
+        row = self._rows.match("WEBSOCKET" if websocket else scope["method"], scope["path"])
+        name = row[2].name if row is not None else ""
         entry = RecordedEntry(number=0, at=time.time(), route=name, method=scope.get("method", ""),
                               target=_target(scope))  # fmt: skip
         if name in OPAQUE:
@@ -87,19 +87,20 @@ class Recorder:
         entry.request_type = headers.get(_TYPE, b"").decode("latin-1")[:200]
         if body is not None:
             entry.request, entry.request_bytes = b64encode(body).decode(), len(body)
-        if name in REPLAYED and key is not None:
-            known = await self._store.recordings.known(sandbox_id, key)
-            if known is not None and _answers(known):
-                await _answer(known).send(send)
-                return
-            if known is not None:
-                entry = known
-        if entry.number == 0:
-            repeated = await self._repeated(sandbox_id, entry)
+        found = await self._store.recordings.admit(sandbox_id, entry, key, name in REPLAYED)
+        while isinstance(found, Head):
+            repeated = await self._repeated(sandbox_id, found, entry)
             if repeated is not None:
                 await _answer(repeated).send(send)
                 return
-            entry.number = await self._store.recordings.begin(sandbox_id, entry, key) or 0
+            found = await self._store.recordings.admit(sandbox_id, entry, key, False)
+        if isinstance(found, RecordedEntry):
+            if _answers(found):
+                await _answer(found).send(send)
+                return
+            entry = found
+        else:
+            entry.number = found or 0
         await faults.point("proxy.recorded.begun")
         if entry.number == 0:  # the recording is full
             await forward(scope, receive, send)
@@ -113,13 +114,11 @@ class Recorder:
 
     # ---- repetition ----
 
-    async def _repeated(self, sandbox_id: str, entry: RecordedEntry) -> RecordedEntry | None:
-        """The recorded entry that is equal to this request, if the sandbox repeats a recording."""
+    async def _repeated(self, sandbox_id: str, head: Head, entry: RecordedEntry) -> RecordedEntry | None:
+        """The recorded entry that is equal to this request to a sandbox that repeats a recording. None ends that."""
         repeat = self._repeats.get(sandbox_id)
         if repeat is None:
-            head = await self._store.recordings.head(sandbox_id)
-            if head is None or head.repeats is None or head.diverged_at is not None:
-                return None
+            assert head.repeats is not None
             repeat = self._repeats[sandbox_id] = _Repeat(self._store, sandbox_id, head.repeats, head.repeated)
         found = await repeat.next(entry)
         if found is None:
