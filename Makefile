@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
 	training agents integrations kubernetes real-apiserver chart manifests ui env-packages gym-extras sync wheel release \
-	docs lock bench bench-check bench-growth bench-processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
+	docs lock bench bench-check bench-forks bench-growth bench-processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -225,6 +225,10 @@ bench: $(VENV)/ready-dev
 BASE ?= HEAD
 bench-check: $(VENV)/ready-dev
 	$(PY) bench/compare.py $(BASE) . --check
+
+# Checkpoints, rollbacks and forks beside their floors, and 64 children of a Python with 108 MB.
+bench-forks: $(VENV)/ready-dev
+	$(PY) bench/forks.py
 
 # Creates per second, and their CPU time, as sandboxes accumulate.
 bench-growth: $(VENV)/ready-dev

@@ -8,12 +8,13 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from tests.conftest import RunningServer
 from tests.waiting import until
 
-from rock.errors import Unsupported
+from rock.errors import Unavailable, Unsupported
 from rock.protocol.action import CreateBashSessionRequest
 from rock.sync import Client, Sandbox
 
@@ -138,3 +139,28 @@ def test_copies_outlive_a_killed_server(own_server: Callable[..., RunningServer]
     for one in reversed(client.list_snapshots()):
         client.delete_snapshot(one.snapshot_id)
     until(lambda: not (server.home / "run/namespace/snapshots").exists(), 10)
+
+
+def test_a_child_that_fails_at_its_end_leaves_nothing(own_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    """The stop of the group comes while the failed child is removed."""
+    plan = tmp_path / "plan"
+    plan.write_text("")
+    server = own_server(ROCK_FAULTS=str(plan))
+    folder = server.home / "run/namespace"
+
+    def slots() -> int:
+        return len([name for name in os.listdir(folder) if name.startswith("n-")])
+
+    with Sandbox("host", memory="256m", cpus=1.0, base_url=server.url) as box:
+        box.run("x=1")
+        for place in (1, 2, 1, 2, 1, 1):
+            plan.with_suffix(".new").write_text(f"node.sessions.attached=error@{place}")
+            plan.with_suffix(".new").replace(plan)
+            with pytest.raises(Unavailable):
+                box.fork(2)
+            until(lambda: slots() == 1, 10)
+        plan.write_text("")
+    client = Client(server.url)
+    for one in reversed(client.list_snapshots()):
+        client.delete_snapshot(one.snapshot_id)
+    until(lambda: not (folder / "snapshots").exists(), 10)

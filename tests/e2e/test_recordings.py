@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from base64 import b64decode
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
@@ -192,6 +196,40 @@ def test_a_recording_survives_a_crash_of_the_server(own_server: Callable[..., Ru
     assert made["replayed"] == 2 and made["diverged_at"] is None
     assert Sandbox.connect(made["sandbox_id"], base_url=server.url).run("cat /tmp/file").output == "kept\n"
     Client(server.url).stop_sandbox(made["sandbox_id"])
+
+
+def test_a_store_that_fails_is_a_typed_error_and_a_repetition_succeeds(
+    own_server: Callable[..., RunningServer], tmp_path: Path,
+) -> None:
+    """Before, in the middle and at the end of a recorded request; a command that ran does not run again."""
+    plan = tmp_path / "plan"
+    plan.write_text("")
+    server = own_server(ROCK_FAULTS=str(plan))
+    with Sandbox("host", memory="256m", cpus=1.0, base_url=server.url, record=True) as box:
+        for place, point in enumerate(("store.get", "store.recorded.begin", "store.recorded.finish")):
+            path = f"/v1/sandboxes/{box.sandbox_id}/execute"
+            body = {"command": ["sh", "-c", f"echo {place} >> /tmp/lines; wc -l < /tmp/lines"], "timeout": 30}
+            _replaced(plan, f"{point}=error")
+            status, answer = _post(server.url + path, body, f"key-{place}")
+            assert (status, answer["error"]["code"]) == (503, "unavailable"), (point, answer)
+            _replaced(plan, "")
+            status, answer = _post(server.url + path, body, f"key-{place}")
+            assert status == 200 and answer["stdout"].split() == [str(place + 1)], (point, answer)
+        assert len(box.log()) == 3 and all(one.finished_at for one in box.log())
+
+
+def _post(url: str, body: dict[str, Any], key: str) -> tuple[int, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Idempotency-Key": key})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def _replaced(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
 
 
 def entry(number: int, route: str, snapshot: str | None = None, memory: str = "session") -> RecordedEntry:

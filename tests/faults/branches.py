@@ -134,6 +134,7 @@ class BranchMachine(FaultMachine):
     def _surely(self, call: Callable[[], Any], passing: Callable[[RockError], bool] = lambda _: False) -> Any:
         """The answer to a request that is repeated until there is one. passing: errors that are repeated too."""
         end = time.monotonic() + PATIENCE
+        calm = time.monotonic() + 5  # a store that always fails is repaired
         while True:
             try:
                 return call()
@@ -144,6 +145,8 @@ class BranchMachine(FaultMachine):
                     raise Broken(f"no answer within {PATIENCE:g} s: {error!r}") from error
             if threading.current_thread() is threading.main_thread():
                 self._revive()
+            if time.monotonic() > calm:
+                self.world.server.faults("")
             time.sleep(0.03)
 
     def _branch(self, tree: Tree, name: str, which: int, memory: bool) -> None:

@@ -94,7 +94,8 @@ class Server:
         self._role = role
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._environ = {"ROCK_HOME": str(folder), "ROCK_POOL_SIZE": "0", "ROCK_FAULTS": str(self.plan), **environ}
+        self._environ = {"ROCK_HOME": str(folder), "ROCK_POOL_SIZE": "0", "ROCK_FAULTS": str(self.plan),
+                         "ROCK_SNAPSHOT_TTL": "1000000", **environ}  # longer than the clock jumps
 
     @property
     def alive(self) -> bool:

@@ -10,7 +10,8 @@ import pytest
 
 from tests.runtime.boxes import put, run, until_line
 from tests.runtime.test_copied_processes import A, ask, attached, child, end, program, template
-from tests.runtime.test_frozen_files import LIVE, forking
+from tests.runtime.test_frozen_files import LIVE, forking, say
+from tests.runtime.test_refused_processes import gone
 
 pytestmark = pytest.mark.skipif(not LIVE, reason="processes are copied by root on x86_64 only")
 
@@ -133,5 +134,26 @@ def test_sandboxes_of_copies_end_in_any_order(tmp_path: Path) -> None:
             copy = await attached(boxes[3], "process:python")
             assert await ask(copy, "len(objects)") == "20000"
             await end(boxes[3])
+
+    run(main())
+
+
+def test_a_program_that_is_starting_is_waited_for(tmp_path: Path) -> None:
+    """pid 1 has no streams of it yet: its copy would have none."""
+
+    async def main() -> None:
+        async with forking(tmp_path) as (runtime, box):
+            for number in range(4):
+                key = f"session:{number}"
+                starting = asyncio.create_task(box.spawn("bash", "--norc", stdin="pipe", stderr="stdout", key=key,
+                                                         keep=True))  # fmt: skip
+                await asyncio.sleep(0)
+                taken = await runtime.checkpoint(box.handle, f"{number:032x}", "auto", processes=True)
+                shell = await starting
+                if key in (taken.copied or ()):
+                    one = await child(runtime, f"child{number}", f"{number:032x}")
+                    assert await say(await attached(one, key), "echo $BASHPID") == str(shell.pid)
+                    await end(one)
+                await gone(shell)
 
     run(main())

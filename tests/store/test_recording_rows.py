@@ -6,6 +6,7 @@ import asyncio
 import base64
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.store.test_store import Opens, opened
@@ -13,6 +14,7 @@ from tests.store.test_store import Opens, opened
 from rock.protocol.pools import StoredPool
 from rock.protocol.recordings import MOST_BYTES, RecordedEntry
 from rock.protocol.sandbox import SandboxConfig
+from rock.proxy.recording import Recorder
 from rock.store.recordings import Head
 from rock.store.sqlite import SqliteStore
 
@@ -60,6 +62,61 @@ def test_entries_are_numbered_completed_and_removed(opens: Opens) -> None:
             assert await table.begin("a", asked(), None) is None  # it is full
             await table.prune()  # there is no such sandbox
             assert await table.head("a") is None and not await table.list("a", 0, 10)
+
+    asyncio.run(play())
+
+
+def test_entries_are_admitted_or_found(opens: Opens) -> None:
+    async def play() -> None:
+        async with opens() as store:
+            table = store.recordings
+            assert await table.admit("a", asked(), "k", True) is None
+            await table.open("a", Head())
+            assert await table.admit("a", asked(), "k", True) == 1
+            known = await table.admit("a", asked(), "k", True)
+            assert isinstance(known, RecordedEntry) and (known.number, known.request) == (1, "AP8=")
+            assert await table.admit("a", asked(), "k", False) == 2 and await table.admit("a", asked(), None, True) == 3
+            repeating = Head(repeats="a", repeated=4)
+            await table.open("b", repeating)
+            assert await table.admit("b", asked(), "new", True) == repeating
+            await table.advance("b", 4, 5)
+            assert await table.admit("b", asked(), "new", True) == 1
+            await table.open("c", Head(bytes=MOST_BYTES))
+            assert await table.admit("c", asked(), None, True) is None
+
+    asyncio.run(play())
+
+
+def test_a_recorded_request_costs_two_transactions(tmp_path: Path) -> None:
+    """One before it is forwarded, and one before its response; a repetition costs one."""
+    statements: list[str] = []
+    sent: list[Any] = []
+
+    async def worker(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": b"answer"})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def play() -> None:
+        store = SqliteStore(tmp_path / "db.sqlite")
+        await store.open()
+        try:
+            await store.recordings.open("a", Head())
+            recorder, path = Recorder(store), "/v1/sandboxes/a/execute"
+            store._open_db.set_trace_callback(statements.append)
+            for key, count in ((b"one", 2), (b"two", 4), (b"two", 5)):
+                scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"idempotency-key", key)]}
+                await recorder(scope, receive, send, "a", worker)
+                assert len([text for text in statements if text.startswith("BEGIN")]) == count
+            assert [one["body"] for one in sent if one["type"] == "http.response.body"] == [b"answer"] * 3
+            assert [one.number for one in await store.recordings.list("a", 0, 10)] == [1, 2]
+        finally:
+            await store.close()
 
     asyncio.run(play())
 

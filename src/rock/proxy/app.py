@@ -65,17 +65,19 @@ class Proxy:
                 self._rows.add(route, _elsewhere)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._serve(scope, receive, send)
+        except RockError as error:  # of the store; nothing has been sent
+            await _refuse(scope, send, error)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant = caller_of(scope).tenant  # images belong to all tenants and depend on the access rights of the key
         if tenant is not None and scope["path"] != BUILD and not await self._owns(tenant, _sandbox_id(scope)):
             await _refuse(scope, send, no_such_sandbox(_sandbox_id(scope)))
             return
         sandbox_id = _sandbox_id(scope)
         if scope["path"] != BUILD and await self._recorder.records(sandbox_id):
-            try:
-                self._check(scope)
-            except RockError as error:
-                await _refuse(scope, send, error)
-                return
+            self._check(scope)
             await self._recorder(scope, receive, send, sandbox_id, self._pass)
             return
         await self._pass(scope, receive, send)
@@ -110,12 +112,8 @@ class Proxy:
             await failure(Unsupported("images are built where there is one worker", hint="ask a worker")).send(send)
             return
         sandbox_id = _sandbox_id(scope)
-        try:
-            self._check(scope)
-            worker = await self._worker_of(sandbox_id)
-        except RockError as error:
-            await _refuse(scope, send, error)
-            return
+        self._check(scope)
+        worker = await self._worker_of(sandbox_id)
         held = _Held(send)
         await worker(scope, receive, held)
         if held.held:

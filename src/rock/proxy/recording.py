@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from rock import faults
-from rock.errors import DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, StartFailed, Unavailable
+from rock.errors import DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, RockError, StartFailed, Unavailable
 from rock.http.asgi import Answer, App, Receive, Router, Scope, Send, failure
 from rock.protocol.recordings import (
     LARGEST_REQUEST,
@@ -32,7 +32,7 @@ from rock.protocol.recordings import (
 )
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.store.base import Store
-from rock.store.recordings import opened
+from rock.store.recordings import Head, opened
 
 _REMEMBERED = 20_000
 _TYPE = b"content-type"
@@ -72,8 +72,8 @@ class Recorder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send, sandbox_id: str, forward: App) -> None:
         """Serve a request to a recorded sandbox. forward: leads to its worker."""
         websocket = scope["type"] == "websocket"
-        found = self._rows.match("WEBSOCKET" if websocket else scope["method"], scope["path"])
-        name = found[2].name if found is not None else ""
+        row = self._rows.match("WEBSOCKET" if websocket else scope["method"], scope["path"])
+        name = row[2].name if row is not None else ""
         entry = RecordedEntry(number=0, at=time.time(), route=name, method=scope.get("method", ""),
                               target=_target(scope))  # fmt: skip
         if name in OPAQUE:
@@ -87,19 +87,20 @@ class Recorder:
         entry.request_type = headers.get(_TYPE, b"").decode("latin-1")[:200]
         if body is not None:
             entry.request, entry.request_bytes = b64encode(body).decode(), len(body)
-        if name in REPLAYED and key is not None:
-            known = await self._store.recordings.known(sandbox_id, key)
-            if known is not None and _answers(known):
-                await _answer(known).send(send)
-                return
-            if known is not None:
-                entry = known
-        if entry.number == 0:
-            repeated = await self._repeated(sandbox_id, entry)
+        found = await self._store.recordings.admit(sandbox_id, entry, key, name in REPLAYED)
+        while isinstance(found, Head):
+            repeated = await self._repeated(sandbox_id, found, entry)
             if repeated is not None:
                 await _answer(repeated).send(send)
                 return
-            entry.number = await self._store.recordings.begin(sandbox_id, entry, key) or 0
+            found = await self._store.recordings.admit(sandbox_id, entry, key, False)
+        if isinstance(found, RecordedEntry):
+            if _answers(found):
+                await _answer(found).send(send)
+                return
+            entry = found
+        else:
+            entry.number = found or 0
         await faults.point("proxy.recorded.begun")
         if entry.number == 0:  # the recording is full
             await forward(scope, receive, send)
@@ -113,13 +114,11 @@ class Recorder:
 
     # ---- repetition ----
 
-    async def _repeated(self, sandbox_id: str, entry: RecordedEntry) -> RecordedEntry | None:
-        """The recorded entry that is equal to this request, if the sandbox repeats a recording."""
+    async def _repeated(self, sandbox_id: str, head: Head, entry: RecordedEntry) -> RecordedEntry | None:
+        """The recorded entry that is equal to this request to a sandbox that repeats a recording. None ends that."""
         repeat = self._repeats.get(sandbox_id)
         if repeat is None:
-            head = await self._store.recordings.head(sandbox_id)
-            if head is None or head.repeats is None or head.diverged_at is not None:
-                return None
+            assert head.repeats is not None
             repeat = self._repeats[sandbox_id] = _Repeat(self._store, sandbox_id, head.repeats, head.repeated)
         found = await repeat.next(entry)
         if found is None:
@@ -167,7 +166,8 @@ class _Repeat:
 # ---- messages ----
 
 class _Recorded:
-    """Forwards a response, and holds its end until it is recorded."""
+    """Forwards a response, and holds its end until it is recorded. If that fails, the client gets the error instead: a
+    repetition of the request gets the response of the worker."""
 
     def __init__(self, send: Send, entry: RecordedEntry, finish: Callable[[], Awaitable[None]]) -> None:
         self._send = send
@@ -176,16 +176,22 @@ class _Recorded:
         self._parts: list[bytes] = []
         self._size = 0
         self._code = b""
+        self._start: MutableMapping[str, Any] | None = None  # held until there is a part of the body
+        self._refused = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         entry = self._entry
+        if self._refused:
+            return
         if message["type"] == "http.response.start":
             entry.status = int(message["status"])
             self._code = next((value for name, value in message["headers"] if name.lower() == b"x-rock-error"), b"")
             lines = [name.decode("latin-1") + ": " + value.decode("latin-1")
                      for name, value in message["headers"] if name.lower() in _KEPT]  # fmt: skip
             entry.response_type = "\n".join(lines)[:1000]
-        elif message["type"] == "http.response.body":
+            self._start = message
+            return
+        if message["type"] == "http.response.body":
             part = bytes(message.get("body", b""))
             self._size += len(part)
             if self._size <= LARGEST_RESPONSE:
@@ -196,7 +202,17 @@ class _Recorded:
                 entry.response_bytes = self._size
                 whole = self._size <= LARGEST_RESPONSE
                 entry.response = b64encode(b"".join(self._parts)).decode() if whole else None
-                await self._finish()
+                try:
+                    await self._finish()
+                except RockError as error:
+                    if self._start is None:
+                        raise ConnectionAbortedError("a response that began could not be recorded") from error
+                    self._refused = True
+                    await failure(error).send(self._send)
+                    return
+        if self._start is not None:
+            start, self._start = self._start, None
+            await self._send(start)
         await self._send(message)
 
 

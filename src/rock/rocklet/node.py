@@ -189,12 +189,11 @@ class Node:
                 await self.snapshots.give(supervisor, config.snapshot)
                 await supervisor.attach_processes(supervisor.expected)
             supervisor.save()
-        except (OSError, RockError) as error:
-            await supervisor.destroy(0)
-            await supervisor.forget()
-            if isinstance(error, RockError):
-                raise
-            raise not_started(error, sandbox_id) from None
+        except BaseException as error:
+            await self._undo(supervisor)
+            if isinstance(error, OSError):
+                raise not_started(error, sandbox_id) from None
+            raise
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
         supervisor.begin_auto_pause()
@@ -225,6 +224,22 @@ class Node:
         """The supervisor of a running sandbox. spools: the name of its existing spool folder."""
         return Supervisor(sandbox_id, config, runtime, handle, self.state_dir, self._ended, spools, self._env_lease,
                           self.gateway)  # fmt: skip
+
+    async def _undo(self, supervisor: Supervisor) -> None:
+        """Remove a sandbox whose start failed, completely, also if its stop cancels the start meanwhile."""
+        async def remove() -> None:
+            await supervisor.destroy(0)
+            await supervisor.forget()
+
+        task = asyncio.create_task(remove(), name=f"undo-{supervisor.id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
+        task.result()
 
     @staticmethod
     async def _open_default(supervisor: Supervisor, unfit: Prepared | None) -> None:

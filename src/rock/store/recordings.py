@@ -37,6 +37,10 @@ class Head(NamedTuple):
     def full(self) -> bool:
         return self.entries >= MOST_ENTRIES or self.bytes >= MOST_BYTES
 
+    @property
+    def repeating(self) -> bool:
+        return self.repeats is not None and self.diverged_at is None
+
 
 class Recordings(Protocol):
     """Each method raises Unavailable or StorageFull when the database fails."""
@@ -49,6 +53,12 @@ class Recordings(Protocol):
 
     async def begin(self, sandbox_id: str, entry: RecordedEntry, key: str | None) -> int | None:
         """Add an entry; returns its number, or None if the recording is full."""
+        ...
+
+    async def admit(self, sandbox_id: str, entry: RecordedEntry, key: str | None,
+                    find: bool) -> int | RecordedEntry | Head | None:
+        """In one transaction: the entry with this key, if `find` is set; else the head of a recording that repeats
+        another one; else `begin`."""
         ...
 
     async def finish(self, sandbox_id: str, entry: RecordedEntry) -> None:
@@ -130,19 +140,42 @@ class SqliteRecordings:
                                        "VALUES (?, ?, ?, ?, ?, ?, ?)", (sandbox_id, *head)))  # fmt: skip
 
     async def begin(self, sandbox_id: str, entry: RecordedEntry, key: str | None) -> int | None:
-        def work(db: sqlite3.Connection) -> int | None:
-            row = db.execute(f"SELECT {_HEAD} FROM recording WHERE sandbox = ?", (sandbox_id,)).fetchone()
-            if row is None or Head(*row).full:
-                return None
-            number = int(row[0]) + 1
-            added = entry.model_copy(update={"number": number})
-            db.execute(f"INSERT INTO recorded (sandbox, key, {_ENTRY}) VALUES ({_MARKS})", _row(sandbox_id, added, key))
-            db.execute("UPDATE recording SET entries = ?, bytes = bytes + ? WHERE sandbox = ?",
-                       (number, sum(_sizes(added)), sandbox_id))  # fmt: skip
-            return number
+        await faults.point("store.recorded.begin")
+        number: int | None = self._do(lambda db: self._begin(db, self._head(db, sandbox_id), sandbox_id, entry, key))
+        return number
+
+    async def admit(self, sandbox_id: str, entry: RecordedEntry, key: str | None,
+                    find: bool) -> int | RecordedEntry | Head | None:
+        def work(db: sqlite3.Connection) -> int | RecordedEntry | Head | None:
+            if find and key is not None:
+                row = db.execute(f"SELECT {_ENTRY} FROM recorded WHERE sandbox = ? AND key = ?",
+                                 (sandbox_id, key)).fetchone()  # fmt: skip
+                if row is not None:
+                    return _loaded(row)
+            head = self._head(db, sandbox_id)
+            if head is not None and head.repeating:
+                return head
+            return self._begin(db, head, sandbox_id, entry, key)
 
         await faults.point("store.recorded.begin")
-        number: int | None = self._do(work)
+        found: int | RecordedEntry | Head | None = self._do(work)
+        return found
+
+    @staticmethod
+    def _head(db: sqlite3.Connection, sandbox_id: str) -> Head | None:
+        row = db.execute(f"SELECT {_HEAD} FROM recording WHERE sandbox = ?", (sandbox_id,)).fetchone()
+        return None if row is None else Head(*row)
+
+    @staticmethod
+    def _begin(db: sqlite3.Connection, head: Head | None, sandbox_id: str, entry: RecordedEntry,
+               key: str | None) -> int | None:
+        if head is None or head.full:
+            return None
+        number = head.entries + 1
+        added = entry.model_copy(update={"number": number})
+        db.execute(f"INSERT INTO recorded (sandbox, key, {_ENTRY}) VALUES ({_MARKS})", _row(sandbox_id, added, key))
+        db.execute("UPDATE recording SET entries = ?, bytes = bytes + ? WHERE sandbox = ?",
+                   (number, sum(_sizes(added)), sandbox_id))  # fmt: skip
         return number
 
     async def finish(self, sandbox_id: str, entry: RecordedEntry) -> None:
@@ -213,17 +246,38 @@ class PostgresRecordings:
 
     async def begin(self, sandbox_id: str, entry: RecordedEntry, key: str | None) -> int | None:
         async with self._transaction() as db:
-            row = await db.fetchrow(f"SELECT {_HEAD} FROM recording WHERE sandbox = $1 FOR UPDATE", sandbox_id)
-            if row is None or Head(*row).full:
-                return None
-            number = int(row[0]) + 1
-            added = entry.model_copy(update={"number": number, "target": self._encode(entry.target),
-                                             "request_type": self._encode(entry.request_type)})  # fmt: skip
-            values = _row(sandbox_id, added, None if key is None else self._encode(key))
-            marks = ", ".join(f"${place + 1}" for place in range(len(values)))
-            await db.execute(f"INSERT INTO recorded (sandbox, key, {_ENTRY}) VALUES ({marks})", *values)
-            await db.execute("UPDATE recording SET entries = $2, bytes = bytes + $3 WHERE sandbox = $1", sandbox_id,
-                             number, sum(_sizes(added)))  # fmt: skip
+            return await self._begin(db, await self._head(db, sandbox_id), sandbox_id, entry, key)
+
+    async def admit(self, sandbox_id: str, entry: RecordedEntry, key: str | None,
+                    find: bool) -> int | RecordedEntry | Head | None:
+        async with self._transaction() as db:
+            if find and key is not None:
+                row = await db.fetchrow(f"SELECT {_ENTRY} FROM recorded WHERE sandbox = $1 AND key = $2", sandbox_id,
+                                        self._encode(key))  # fmt: skip
+                if row is not None:
+                    return _loaded(row)
+            head = await self._head(db, sandbox_id)
+            if head is not None and head.repeating:
+                return head
+            return await self._begin(db, head, sandbox_id, entry, key)
+
+    @staticmethod
+    async def _head(db: Any, sandbox_id: str) -> Head | None:
+        row = await db.fetchrow(f"SELECT {_HEAD} FROM recording WHERE sandbox = $1 FOR UPDATE", sandbox_id)
+        return None if row is None else Head(*row)
+
+    async def _begin(self, db: Any, head: Head | None, sandbox_id: str, entry: RecordedEntry,
+                     key: str | None) -> int | None:
+        if head is None or head.full:
+            return None
+        number = head.entries + 1
+        added = entry.model_copy(update={"number": number, "target": self._encode(entry.target),
+                                         "request_type": self._encode(entry.request_type)})  # fmt: skip
+        values = _row(sandbox_id, added, None if key is None else self._encode(key))
+        marks = ", ".join(f"${place + 1}" for place in range(len(values)))
+        await db.execute(f"INSERT INTO recorded (sandbox, key, {_ENTRY}) VALUES ({marks})", *values)
+        await db.execute("UPDATE recording SET entries = $2, bytes = bytes + $3 WHERE sandbox = $1", sandbox_id,
+                         number, sum(_sizes(added)))  # fmt: skip
         return number
 
     async def finish(self, sandbox_id: str, entry: RecordedEntry) -> None:

@@ -223,7 +223,8 @@ class Init(Loop):
             self.refuse(connection, number, Fault("internal", f"{request.get('op')}: {error!r}"))
 
     def do_hello(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        running = [program.describe() for program in self.programs.values()]
+        running = [{**program.describe(), "starting": program.pid in self.starting}
+                   for program in self.programs.values()]
         self.answer(connection, number, {"pid": os.getpid(), "programs": running}, [])
 
     def do_sockets(self, connection: Connection, number: int, request: dict[str, Any]) -> None:

@@ -268,6 +268,9 @@ class Snapshots:
             raise refused(handle, ['files="copy" takes files alone' if files == "copy" else reason])
         folder = self.folder(snapshot_id)
         await self.collected()  # the remains of an earlier attempt
+        if any(snapshot_id in used for used in self._layers.values()):  # it must not be replaced
+            raise errors.Unavailable(f"an earlier attempt at snapshot {snapshot_id} ended after its files were frozen",
+                                     sandbox_id=handle.id, hint="retry with another id")
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
         try:
             await asyncio.to_thread(self.make_folder, folder)

@@ -186,6 +186,10 @@ class Inventory:
             if one.get("ended") or not one.get("keep"):
                 continue
             pid, key, pipes = int(str(one["pid"])), str(one["key"]), one.get("pipes")
+            if one.get("starting"):  # pid 1 does not have its streams yet
+                self.passing.append(f"program {key!r} is starting")
+                found.append(state.Program(pid, key, {}))
+                continue
             if not isinstance(pipes, dict) or not all(inode for inode, _ in pipes.values()):
                 self.problems.append(f"program {key!r} has a stream that is no pipe, or pid 1 is of an older release")
                 continue
