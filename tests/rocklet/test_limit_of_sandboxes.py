@@ -27,7 +27,7 @@ def _derived(files: int) -> tuple[int, str]:
 
 
 def test_descriptors_limit_the_number() -> None:
-    assert _derived(700) == (70, "700 file descriptors (ulimit -n), 10 each")
+    assert _derived(700) == (262, "700 file descriptors (ulimit -n), 2 each for idle ones")
 
 
 def test_memory_limits_the_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from rock.rocklet.configuration import WorkerConfiguration
 from rock.rocklet.durability import resume
 from rock.rocklet.environments.host import ENV_LEASE
 from rock.rocklet.environments.local_socket import LocalSocket
+from rock.rocklet.idle import IdleDescriptors
 from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
@@ -85,6 +86,7 @@ class Node:
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
         self.pools = WarmPools(self.runtimes)
+        self.descriptors = IdleDescriptors()
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -102,6 +104,7 @@ class Node:
         await asyncio.to_thread(self.snapshots.open)
         await self.runtimes.open()
         self.configuration.open()
+        self.descriptors.start()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
         await Recovery(self).run()
@@ -119,6 +122,7 @@ class Node:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.descriptors.close()
         await self.pools.close()
         await self.snapshots.close()
         await self.commits.close()
@@ -194,7 +198,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
-        supervisor.begin_auto_pause()
+        supervisor.begin_idle()
         self._used.note(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.sessions.claim(ahead):
@@ -212,7 +216,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         self.kept.awake(sandbox_id)
         self.supervisors[sandbox_id] = supervisor
-        supervisor.begin_auto_pause()
+        supervisor.begin_idle()
         self._spawn(self._open_default(supervisor, None))
         return supervisor
 
@@ -221,7 +225,7 @@ class Node:
     ) -> Supervisor:
         """The supervisor of a running sandbox. spools: the name of its existing spool folder."""
         return Supervisor(sandbox_id, config, runtime, handle, self.state_dir, self._ended, spools, self._env_lease,
-                          self.gateway)  # fmt: skip
+                          self.gateway, self.descriptors)  # fmt: skip
 
     @staticmethod
     async def _open_default(supervisor: Supervisor, unfit: Prepared | None) -> None:
@@ -327,7 +331,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
-        new.begin_auto_pause()
+        new.begin_idle()
         await old.replaced()  # also removes its logs
         await new.attach_processes(new.expected)
         await new.saved()
@@ -555,5 +559,5 @@ class Recovery:
         if record.get("inherited", [None])[0] is not None:
             node.snapshots.inherit(supervisor, record["inherited"][0], record["inherited"][1:])
         node.supervisors[sandbox_id] = supervisor
-        supervisor.begin_auto_pause()
+        supervisor.begin_idle()
         log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())

@@ -30,6 +30,7 @@ from rock.rocklet.durability.checksums import Slot
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.environments.host import ENV_LEASE, EnvHost
 from rock.rocklet.gateway_port import GatewayPort
+from rock.rocklet.idle import IdleDescriptors
 from rock.rocklet.port_connections import Connections
 from rock.rocklet.state import StateDirectory, written
 from rock.runtime.base import Handle, Keeps, Limits, Pauses, Runtime, Watches
@@ -87,6 +88,7 @@ class Supervisor:
         spools: str | None = None,
         env_lease: float = ENV_LEASE,
         gateway: App | None = None,
+        descriptors: IdleDescriptors | None = None,
     ) -> None:
         self.id = sandbox_id
         self.config = config
@@ -116,6 +118,8 @@ class Supervisor:
         self.journal = Journal(self.spools)
         self._marked = False  # whether the folder of spool files has been made
         self._ended = ended
+        self._descriptors = descriptors
+        self.sessions.reopened = self._note_use
         self._busy = 0
         self.paused = False
         self._last = time.monotonic()
@@ -198,8 +202,9 @@ class Supervisor:
 
     # ---- activity ----
 
-    def begin_auto_pause(self) -> None:
-        """Pause it when it is idle, from now on, if its config has that."""
+    def begin_idle(self) -> None:
+        """From now on, close its descriptors when it is idle, and pause it, if its config has that."""
+        self._note_use()
         if self.auto_pause is not None and self._pauser is None:
             self._pauser = asyncio.create_task(self.auto_pause.run(), name=f"auto-pause-{self.id}")
 
@@ -229,6 +234,31 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         self._busy -= 1
         self._last = time.monotonic()
+        if not self._busy:
+            self._note_use()
+
+    def _note_use(self) -> None:
+        if self._descriptors is not None and self.cause is None:
+            self._descriptors.note(self)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a request is in progress, or its processes are paused."""
+        return bool(self._busy or self.paused)
+
+    @property
+    def last_active(self) -> float:
+        """time.monotonic() of its last request."""
+        return self._last
+
+    async def close_descriptors(self) -> bool:
+        """Close the descriptors of sessions and spool files until the next request; False when some stay open."""
+        if self.cause is not None or self.leaving:
+            return True
+        closed = await self.sessions.close_streams()
+        if not self._busy:
+            self.journal.close_files()
+        return closed
 
     async def during(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """A stream that counts as activity while it is read: a slow client does not make the sandbox idle."""
@@ -502,6 +532,8 @@ class Supervisor:
 
     async def _let_go(self) -> None:
         """Stop watching for its end, opening sessions, and connections to its ports."""
+        if self._descriptors is not None:
+            self._descriptors.forget(self)
         self._over.set()
         self.connections.cut()
         self.gateway_port.cut()

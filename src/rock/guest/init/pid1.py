@@ -27,6 +27,7 @@ if __name__ == "__main__" and "rock" not in sys.modules:
     sys.modules["rock"] = _package
 
 import errno
+import fcntl
 import gc
 import json
 import os
@@ -286,13 +287,33 @@ class Init(Loop):
         if program.pid in self.starting:  # it has no streams yet, and may turn out not to start
             self.later(_STARTS, lambda: self._handle(connection, request))
             return
+        self._unwatch_streams(program)
         fds = [os.dup(fd) for fd in program.held.values()]
         self.answer(connection, number, program.describe(), fds)
+
+    def do_watch_streams(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Watch the streams of a kept program for a server that closes its copies: the first output or end of file is
+        reported once. `attach` ends it."""
+        program = self._kept(str(request.get("key")))
+
+        def report() -> None:
+            self._unwatch_streams(program)
+            self.tell({"event": "readable", "pid": program.pid})
+
+        for fd in program.held.values():
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
+                self.watch(fd, report)
+        self.answer(connection, number, {}, [])
+
+    def _unwatch_streams(self, program: programs.Program) -> None:
+        for fd in program.held.values():
+            self.unwatch(fd)
 
     def do_forget(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         """Close the held copies of its streams; forget it if it has ended."""
         program = self.programs.get(int(request.get("pid", 0)))
         if program is not None and program.ended is not None:
+            self._unwatch_streams(program)
             program.release()
             del self.programs[program.pid]
         self.answer(connection, number, {}, [])
@@ -306,6 +327,7 @@ class Init(Loop):
         program = self.programs.get(int(request["pid"]))
         fd = program.held.pop(str(request["stream"]), None) if program is not None else None
         if fd is not None:
+            self.unwatch(fd)
             os.close(fd)
         self.answer(connection, number, {}, [])
 
