@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import IMAGE, RunningServer, give_image
 from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import SessionClosed
 from rock.sync import Sandbox, SandboxConfig
+
+PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "probed.py"
 
 
 def create(server: RunningServer) -> Sandbox:
@@ -57,7 +65,7 @@ def wait_closed(server: RunningServer, before: collections.Counter[str]) -> None
           "the descriptors of idle sessions stay open")  # fmt: skip
 
 
-def test_idle_sessions_hold_two_descriptors_and_keep_their_state(own_server: Callable[..., RunningServer]) -> None:
+def test_idle_sessions_hold_one_descriptor_and_keep_their_state(own_server: Callable[..., RunningServer]) -> None:
     server = own_server()
     before = descriptors(server)
     sandboxes = [create(server) for _ in range(6)]
@@ -71,7 +79,7 @@ def test_idle_sessions_hold_two_descriptors_and_keep_their_state(own_server: Cal
     first.arun("(while [ ! -e /tmp/go ]; do sleep 0.2; done; echo late) &")
     wait_closed(server, before)
     more = descriptors(server) - before
-    assert more.total() <= 2 * len(sandboxes), more
+    assert more.total() <= len(sandboxes) + 2, more
 
     # Output and the end of a shell arrive although no stream of it is open.
     first.execute(f"touch /tmp/go; kill -9 {shell}")
@@ -92,6 +100,36 @@ def test_idle_sessions_hold_two_descriptors_and_keep_their_state(own_server: Cal
     found = [Sandbox(SandboxConfig(base_url=server.url, image=IMAGE)).attach(one.sandbox_id) for one in sandboxes]
     assert found[0].arun("echo $x").output == "later\n0\n"
     assert found[5].arun("echo $x $PWD").output == "5 /tmp\n"
+
+
+class CountingServer(RunningServer):
+    """A server that counts its tasks and timers on request."""
+
+    def command(self, port: int) -> list[str]:
+        return [sys.executable, str(PROGRAM), "--host", "127.0.0.1", "--port", str(port)]
+
+    def counts(self) -> dict[str, Any]:
+        program = f"import json, probed; print(json.dumps(probed.counts({self.pid})))"
+        counted = subprocess.run([sys.executable, "-c", program], cwd=PROGRAM.parent, capture_output=True, check=True)
+        found: dict[str, Any] = json.loads(counted.stdout)
+        return found
+
+
+def test_an_idle_sandbox_has_no_task_and_no_timer(tmp_path: Path) -> None:
+    server = CountingServer(tmp_path)
+    give_image(tmp_path)
+    server.start()
+    try:
+        create(server).arun(":")
+        wait_closed(server, descriptors(server))
+        until(lambda: not server.counts()["names"].get("ShellProcess._watch_exit"), 20, "a session has a task")
+        before = server.counts()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: create(server).arun(":"), range(50)))
+        until(lambda: server.counts()["tasks"] <= before["tasks"], 30, f"{server.counts()}, before {before}")
+        until(lambda: server.counts()["timers"] < before["timers"] + 25, 30, "sandboxes have timers")
+    finally:
+        server.stop()
 
 
 def test_many_sessions_in_use_close_their_descriptors_before_they_run_out(

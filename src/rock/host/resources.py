@@ -10,7 +10,7 @@ from rock.errors import NoCapacity, Unsupported
 from rock.protocol.sandbox import SandboxConfig
 
 _FRESH = 0.02  # cache lifetime in seconds: a read takes 40 us, and creates come in bursts
-_MEMORY_EACH, _FILES_EACH = 4 << 20, 2  # of an idle sandbox with a session, and a reserve
+MEMORY_EACH, _FILES_EACH = 4 << 20, 2  # of an idle sandbox with a session, and a reserve
 ACTIVE_FILES = 4  # one of so many descriptors is for sandboxes that are in use and for clients
 _UNKNOWN = 2000
 _known = (float("-inf"), 0, 0)
@@ -40,21 +40,25 @@ def sandboxes() -> tuple[int, str]:
     """How many sandboxes with a session this machine holds at most, and the reason: the memory and the file descriptors
     of an idle one, as `bench/growth.py` measures them."""
     memory, _ = read()
-    limits = [] if not memory else [(memory // _MEMORY_EACH, f"{memory >> 20} MB of memory, {_MEMORY_EACH >> 20} each")]
     files = open_files()
+    limits = [] if not memory else [(memory // MEMORY_EACH, f"{memory >> 20} MB of memory, {MEMORY_EACH >> 20} each")]
     if files is not None:
-        limits.append(((files - files // ACTIVE_FILES) // _FILES_EACH,
-                       f"{files} file descriptors (ulimit -n), {_FILES_EACH} each for idle ones"))
+        limits.append((within(files), f"{files} file descriptors (ulimit -n), {_FILES_EACH} each for idle ones"))
     return min(limits, default=(_UNKNOWN, "this machine reports no memory"))
 
 
-def open_files() -> int | None:
-    """The number of files that this process may open; None without a limit."""
+def within(files: int) -> int:
+    """How many sandboxes with a session a server holds that may open so many files."""
+    return (files - files // ACTIVE_FILES) // _FILES_EACH
+
+
+def open_files(*, hard: bool = False) -> int | None:
+    """The number of files that this process may open; None without a limit. hard: that it could permit itself."""
     try:
         import resource
     except ImportError:  # the platform has no such limits
         return None
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[int(hard)]
     return None if files == resource.RLIM_INFINITY else files
 
 

@@ -33,7 +33,7 @@ from rock.rocklet.gateway_port import GatewayPort
 from rock.rocklet.idle import IdleDescriptors
 from rock.rocklet.port_connections import Connections
 from rock.rocklet.state import StateDirectory, written
-from rock.runtime.base import Handle, Keeps, Limits, Pauses, Runtime, Watches
+from rock.runtime.base import Handle, Keeps, Limits, Pauses, ReportsEnds, Runtime, Watches
 
 
 class Uploads:
@@ -127,7 +127,12 @@ class Supervisor:
         self._killed_at = -math.inf
         self._env_lock = asyncio.Lock()
         self._save_lock = asyncio.Lock()
-        self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
+        self._watch: asyncio.Task[None] | None = None
+        self._unwatch: Callable[[], None] | None = None
+        if isinstance(runtime, ReportsEnds):
+            self._unwatch = runtime.when_ended(handle, self._end)
+        else:
+            self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
         self.auto_pause = None if config.auto_pause is None else AutoPause(self, config.auto_pause)
         self._pauser: asyncio.Task[None] | None = None
 
@@ -450,7 +455,10 @@ class Supervisor:
         return f"the memory limit of {self.config.memory} was exceeded, and the kernel killed a process"
 
     async def _watch_end(self) -> None:
-        why = await self.runtime.wait(self.handle)
+        self._end(await self.runtime.wait(self.handle))
+
+    def _end(self, why: str) -> None:
+        """Record the end and its reason."""
         kills = self.runtime.oom_kills(self.handle) if isinstance(self.runtime, Watches) else 0
         if why == "oom":
             cause, text = Cause.OUT_OF_MEMORY, f"it ran out of its {self.config.memory} of memory"
@@ -540,13 +548,14 @@ class Supervisor:
         await self._end_tasks()
 
     async def _end_tasks(self) -> None:
-        self._watch.cancel()
-        pausers = [] if self._pauser is None else [self._pauser]
-        for task in pausers:
+        if self._unwatch is not None:
+            self._unwatch()
+        tasks = [task for task in (self._watch, self._pauser) if task is not None]
+        for task in tasks:
             task.cancel()
         if self.auto_pause is not None:
             await self.auto_pause.close()
-        await asyncio.gather(self._watch, *pausers, *self.sessions.cancel_opening(), return_exceptions=True)
+        await asyncio.gather(*tasks, *self.sessions.cancel_opening(), return_exceptions=True)
 
     async def _close_all(self) -> None:
         await self.sessions.close_all()

@@ -366,6 +366,15 @@ class Pauses(Protocol, metaclass=Capability):
 
 
 @runtime_checkable
+class ReportsEnds(Protocol, metaclass=Capability):
+    """Reports the end of a sandbox without a task and without a descriptor for each of them."""
+
+    def when_ended(self, handle: Handle, ended: Callable[[str], None]) -> Callable[[], None]:
+        """Call `ended` once, with the reason that `wait` returns. Returns a function that cancels this; idempotent."""
+        ...
+
+
+@runtime_checkable
 class Swaps(Protocol, metaclass=Capability):
     """Moves memory of stopped processes out of the main memory."""
 

@@ -26,7 +26,6 @@ if __name__ == "__main__" and "rock" not in sys.modules:
     _package.__path__ = [_source]
     sys.modules["rock"] = _package
 
-import errno
 import fcntl
 import gc
 import json
@@ -43,7 +42,7 @@ from typing import Any, TypeVar
 from rock.guest.init import files, process_tree, programs, syscalls, users
 from rock.guest.init.freeze import Freeze
 from rock.guest.init.link import Connection, Fault, Loop, of_os_error, send_patiently
-from rock.guest.init.listening import Listening
+from rock.guest.init.listening import Listening, start_connection
 from rock.guest.init.sharing import PageSharing
 
 _CHILD_PATIENCE = 600.0
@@ -431,7 +430,7 @@ class Init(Loop):
         look()
 
     def do_dial(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        start_connection(self, connection, number, request)
+        start_connection(self, self, connection, number, request)
 
     def do_listen(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         self.answer(connection, number, {"port": self.listening.listen(int(request["port"]))}, [])
@@ -559,60 +558,6 @@ def main() -> None:
     init = prepare(socket.socket(fileno=int(options["listen"])), int(options["uid"]), bool(options.get("outside")))
     gc.freeze()
     init.run()
-
-
-
-# ---- connections to ports inside, returned as connected sockets ----
-
-def start_connection(init: Init, connection: Connection, number: int, request: dict[str, Any]) -> None:
-    """Connect without blocking the loop, and reply with the socket."""
-    host, port = str(request.get("host") or "127.0.0.1"), int(request["port"])
-    timeout = max(0.0, min(float(request.get("timeout", 10)), 300.0))
-    if not 0 < port < 65536:
-        raise Fault("invalid_config", f"{port} is not a port")
-    host = {"localhost": "127.0.0.1"}.get(host, host)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.inet_pton(family, host)
-    except OSError:
-        raise Fault("invalid_config", f"{host!r} is not an IP address") from None
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    what = f"port {port} of {host} inside"
-    error = sock.connect_ex((host, port))
-    if error not in (0, errno.EINPROGRESS):
-        sock.close()
-        raise _fault(error, what)
-    settled = False
-
-    def settle() -> None:
-        nonlocal settled
-        if settled:
-            return
-        settled = True
-        init.unwatch(sock.fileno())
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            sock.close()
-            init.refuse(connection, number, _fault(error, what))
-        else:
-            init.answer(connection, number, {}, [sock.detach()])
-
-    def give_up() -> None:
-        nonlocal settled
-        if not settled:
-            settled = True
-            init.unwatch(sock.fileno())
-            sock.close()
-            init.refuse(connection, number, Fault("port_timeout", f"{what} did not answer in {timeout:g} s"))
-
-    init.watch(sock.fileno(), settle, select.EPOLLOUT)
-    init.later(timeout, give_up)
-
-
-def _fault(error: int, what: str) -> Fault:
-    if error in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET):
-        return Fault("not_found", f"nothing listens on {what}")
-    return of_os_error(OSError(error, os.strerror(error)), what)
 
 
 if __name__ == "__main__":

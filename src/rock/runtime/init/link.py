@@ -68,6 +68,7 @@ class InitLink:
         self._early: dict[int, ExitStatus] = {}
         self._outgoing: list[tuple[bytes, list[int]]] = []
         self.closed = False
+        self.on_lost: Callable[[], None] | None = None  # called once when pid 1 closed the connection
         self.resize: Callable[[int, int, int], None] = _set_size  # of a terminal, by its descriptor
         self._loop.add_reader(sock, self._readable)
 
@@ -88,6 +89,7 @@ class InitLink:
 
     def close(self) -> None:
         """Close the connection; pending requests raise Unavailable. The sandbox continues to run. Idempotent."""
+        self.on_lost = None
         self._close(errors.Unavailable("the server closes its connection to the sandbox", sandbox_id=self.sandbox_id,
                                        details=SENT, hint="send the request again once the server has restarted"))
 
@@ -110,6 +112,9 @@ class InitLink:
             for process in group:
                 process.lost(reason)
         self._processes.clear()
+        lost, self.on_lost = self.on_lost, None
+        if lost is not None:
+            lost()
 
     def _lost(self) -> errors.Lost:
         return errors.Lost("the sandbox's pid 1 is gone", sandbox_id=self.sandbox_id)
