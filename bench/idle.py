@@ -14,7 +14,10 @@ import collections
 import json
 import os
 import random
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ import probed
 from hosted import IMAGE, Raw, at, available, connect, cpu_of, memory, raise_file_limit, request, server, tree
 
 from rock.errors import RockError
+from rock.images.store import ImageStore
 from rock.sync import Client, Sandbox, SandboxConfig
 
 RUN = json.dumps({"command": ":"}).encode()
@@ -156,6 +160,18 @@ def listed(client: Client) -> tuple[int, float]:
     return len(client.list_sandboxes("running")), time.perf_counter() - began
 
 
+def small_image(home: Path) -> str:
+    """An image with one layer that has bash and its libraries only: its sandboxes mount no folder of this machine."""
+    lines = subprocess.run(["ldd", "/bin/bash"], capture_output=True, text=True, check=True).stdout.splitlines()
+    paths = {"/bin/bash", *(word for line in lines for word in line.split() if word.startswith("/"))}
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(f"{folder}/small.tar", "w") as archive:
+            for path in sorted(paths):
+                archive.add(os.path.realpath(path), arcname=path.lstrip("/"))
+        ImageStore(home / "images").import_tar(f"{folder}/small.tar", "small:1")
+    return "small:1"
+
+
 def report(name: str, value: Any) -> None:
     print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", flush=True)
 
@@ -184,12 +200,14 @@ def main() -> int:
     parser.add_argument("sandboxes", type=int, nargs="?", default=1000)
     parser.add_argument("--count", type=int, default=300, help="commands of a measurement")
     parser.add_argument("--settle", type=float, default=8.0, help="seconds of rest before the counts")
+    parser.add_argument("--small", action="store_true", help="an image of bash alone, instead of this machine's system")
     parser.add_argument("--at-once", type=int, default=8)
     given = parser.parse_args()
     report("open files at most", str(raise_file_limit()))
     with server(main=probed.__file__, ROCK_SANDBOX_LIMIT=str(given.sandboxes + 100)) as (url, pid, home), \
             Client(url) as client, ThreadPoolExecutor(given.at_once) as pool:  # fmt: skip
-        config = SandboxConfig(base_url=url, image=IMAGE, memory="64m", auto_clear_seconds=0)
+        image = small_image(home) if given.small else IMAGE
+        config = SandboxConfig(base_url=url, image=image, memory="64m", auto_clear_seconds=0)
         ids: list[str] = []
         enough = fill(url, config, ids, min(2, given.sandboxes), pool)
         asyncio.run(commands(url, ids[:1], 50))
