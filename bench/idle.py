@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import random
@@ -172,6 +173,11 @@ def small_image(home: Path) -> str:
     return "small:1"
 
 
+def stop_all(client: Client, pool: ThreadPoolExecutor) -> None:
+    """Stop each sandbox of the server, including those whose create was interrupted."""
+    list(pool.map(lambda one: client.stop_sandbox(one.sandbox_id), client.list_sandboxes("pending,running")))
+
+
 def report(name: str, value: Any) -> None:
     print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", flush=True)
 
@@ -205,7 +211,9 @@ def main() -> int:
     given = parser.parse_args()
     report("open files at most", str(raise_file_limit()))
     with server(main=probed.__file__, ROCK_SANDBOX_LIMIT=str(given.sandboxes + 100)) as (url, pid, home), \
-            Client(url) as client, ThreadPoolExecutor(given.at_once) as pool:  # fmt: skip
+            Client(url) as client, ThreadPoolExecutor(given.at_once) as pool, \
+            contextlib.ExitStack() as stack:  # fmt: skip
+        stack.callback(stop_all, client, pool)
         image = small_image(home) if given.small else IMAGE
         config = SandboxConfig(base_url=url, image=image, memory="64m", auto_clear_seconds=0)
         ids: list[str] = []
@@ -243,7 +251,7 @@ def main() -> int:
         report("the same again in one sandbox, ms", told(asyncio.run(commands(url, ids[:1], given.count))))
         report("ratio of the medians", round(at(sorted(used), 0.5) / at(sorted(alone), 0.5), 2))
         began = time.monotonic()
-        list(pool.map(client.stop_sandbox, ids))
+        stop_all(client, pool)
         report("stop of all", f"{time.monotonic() - began:.1f} s")
         time.sleep(2)
         left = {"sandboxes": listed(client)[0], "processes": sum(map(_is_init, tree(pid))),
