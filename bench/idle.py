@@ -210,7 +210,8 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=8)
     given = parser.parse_args()
     report("open files at most", str(raise_file_limit()))
-    with server(main=probed.__file__, ROCK_SANDBOX_LIMIT=str(given.sandboxes + 100)) as (url, pid, home), \
+    with server(main=probed.__file__, ROCK_IDLE_AFTER="3",
+                ROCK_SANDBOX_LIMIT=str(given.sandboxes + 100)) as (url, pid, home), \
             Client(url) as client, ThreadPoolExecutor(given.at_once) as pool, \
             contextlib.ExitStack() as stack:  # fmt: skip
         stack.callback(stop_all, client, pool)

@@ -66,7 +66,7 @@ def wait_closed(server: RunningServer, before: collections.Counter[str]) -> None
 
 
 def test_idle_sessions_hold_one_descriptor_and_keep_their_state(own_server: Callable[..., RunningServer]) -> None:
-    server = own_server()
+    server = own_server(ROCK_IDLE_AFTER="2")
     before = descriptors(server)
     sandboxes = [create(server) for _ in range(6)]
     for number, sandbox in enumerate(sandboxes):
@@ -116,7 +116,7 @@ class CountingServer(RunningServer):
 
 
 def test_an_idle_sandbox_has_no_task_and_no_timer(tmp_path: Path) -> None:
-    server = CountingServer(tmp_path)
+    server = CountingServer(tmp_path, ROCK_IDLE_AFTER="2")
     give_image(tmp_path)
     server.start()
     try:

@@ -1,8 +1,8 @@
 """Descriptors of idle sandboxes: one task for all sandboxes of a worker closes those that a sandbox does not need.
 
 A session holds three or four streams of its shell, and the spool folder up to five files. They are closed when the
-sandbox had no request for `AFTER` seconds, or earlier when many sandboxes hold theirs; the next request opens them
-again, at the cost of one request to pid 1. See decision 73.
+sandbox had no request for ROCK_IDLE_AFTER seconds, or earlier when many sandboxes hold theirs. The next request opens
+them again, at the cost of one request to pid 1. See decision 73.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rock.host import resources
 from rock.http.event_loop import settled
 
 log = logging.getLogger("rock.node")
-AFTER = 3.0  # seconds without a request
+AFTER = 30.0  # seconds without a request
 _EACH = 12  # descriptors of a sandbox with a session that is in use
 _AT_ONCE = 8
 _SHORT = 0.02

@@ -26,7 +26,7 @@ from rock.rocklet.configuration import WorkerConfiguration
 from rock.rocklet.durability import resume
 from rock.rocklet.environments.host import ENV_LEASE
 from rock.rocklet.environments.local_socket import LocalSocket
-from rock.rocklet.idle import IdleDescriptors
+from rock.rocklet.idle import AFTER, IdleDescriptors
 from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
@@ -62,9 +62,11 @@ class Node:
         env_lease: float = ENV_LEASE,
         host_mounts: Sequence[str] = (),
         own_logs: bool = False,
+        idle_after: float = AFTER,
     ) -> None:
         """limit: maximum number of sandboxes; 0 is what memory and file descriptors permit. host_mounts: folders of
-        this machine below which sandboxes may mount folders. own_logs: of WorkerConfiguration."""
+        this machine below which sandboxes may mount folders. own_logs: of WorkerConfiguration.
+        idle_after: of IdleDescriptors."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
@@ -86,7 +88,7 @@ class Node:
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
         self.pools = WarmPools(self.runtimes)
-        self.descriptors = IdleDescriptors()
+        self.descriptors = IdleDescriptors(idle_after)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
