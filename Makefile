@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
 	training agents integrations kubernetes real-apiserver chart manifests ui env-packages gym-extras sync wheel release \
-	docs lock bench bench-check bench-forks bench-growth bench-processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
+	docs lock bench bench-check bench-forks bench-growth bench-idle bench-processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -262,6 +262,10 @@ $(RAY)/ready: requirements-dev.lock
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check 'ray>=2.49'
 	@touch $@
+
+# Descriptors, tasks, timers, memory and mounts of N idle sandboxes with open sessions, and commands in them.
+bench-idle: $(VENV)/ready-dev
+	$(PY) bench/idle.py $(or $(N),1000)
 
 # A mixed workload of eight clients; MINUTES=60 for an hour.
 soak-mixed: $(VENV)/ready-dev

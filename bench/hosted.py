@@ -21,15 +21,17 @@ IMAGE = "bench:1"
 
 
 @contextlib.contextmanager
-def server(**environment: str) -> Iterator[tuple[str, int, Path]]:
-    """(URL, pid, home) of a server with an image IMAGE; whatever it has is stopped with it."""
+def server(main: str = "", **environment: str) -> Iterator[tuple[str, int, Path]]:
+    """(URL, pid, home) of a server with an image IMAGE; whatever it has is stopped with it. main: the path of another
+    program that runs it."""
     from rock.images.store import ImageStore
 
     with tempfile.TemporaryDirectory(prefix="rock-bench-") as folder:
         home = Path(folder)
         ImageStore(home / "images").from_host(IMAGE)
         environ = {**os.environ, "ROCK_POOL_SIZE": "0", **environment, "ROCK_HOME": folder}
-        command = [sys.executable, "-m", "rock.cli.server", "--host", "127.0.0.1", "--port", "0"]
+        program = [main] if main else ["-m", "rock.cli.server"]
+        command = [sys.executable, *program, "--host", "127.0.0.1", "--port", "0"]
         with open(home / "output.log", "wb") as log:
             process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
         try:
@@ -136,7 +138,7 @@ async def connect(url: str) -> Raw:
 
 
 def request(method: str, path: str, key: str = "", body: bytes = b"") -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "host: bench"]
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost"]
     if key:
         lines.append(f"authorization: Bearer {key}")
     if body:

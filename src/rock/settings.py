@@ -45,6 +45,7 @@ running operations when the server in front of it is gone |
 | ROCK_CONFIG | none | a YAML file of ROCK's own server, of which known keys are applied: docs/guides/from-rock.md |
 | ROCK_LIVE_CONFIG | config.yaml in ROCK_HOME, if it exists | source of the live configuration: a file, \
 nacos://HOST:PORT/DATA_ID, or api: docs/guides/configuration.md |
+| ROCK_IDLE_AFTER | 30 | seconds without a request after which a worker closes the descriptors of a sandbox |
 | ROCK_ENV_LEASE | 50 | seconds without a renewal by a client process after which its environments are released |
 | ROCK_ARCHIVE | archive in ROCK_HOME | location of archived sandboxes: a folder, s3://BUCKET/PREFIX, or "off" |
 | ROCK_SNAPSHOT_MEMORY | a quarter | bytes, like 4g, for the memory of copied processes; 0 copies no processes |
@@ -364,6 +365,7 @@ class Settings:
     faults: str = ""
     live_config: str = field(default="", repr=False)
     env_lease: float = 50.0
+    idle_after: float = 30.0
     dialect_network: str = "nat"
     e2b: str = "on"
     e2b_image: str = "host"
@@ -503,6 +505,7 @@ class Settings:
             ("faults", str),
             ("live_config", str),
             ("env_lease", float),
+            ("idle_after", float),
             ("dialect_network", str),
             ("e2b", str),
             ("e2b_image", str),
@@ -530,8 +533,9 @@ class Settings:
                     raise ValueError(f"ROCK_{name.upper()}={text!r} is not a number") from None
         values |= {k: v for k, v in given.items() if v is not None}
         for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0), ("reconnect_timeout", 0.0),
-                            ("env_lease", 1.0), ("kubernetes_qps", 0.1), ("kubernetes_resync", 1.0),
-                            ("kubernetes_unschedulable", 0.0), ("capacity_wait", 0.0)):
+                            ("env_lease", 1.0), ("idle_after", 0.5), ("kubernetes_qps", 0.1),
+                            ("kubernetes_resync", 1.0), ("kubernetes_unschedulable", 0.0),
+                            ("capacity_wait", 0.0)):
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")

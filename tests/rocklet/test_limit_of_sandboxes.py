@@ -10,6 +10,7 @@ import pytest
 
 from rock import errors
 from rock.host import resources
+from rock.runtime.namespace import probe
 from rock.settings import Settings
 from rock.sync import Sandbox
 from rock.testing import FakeServer
@@ -27,7 +28,7 @@ def _derived(files: int) -> tuple[int, str]:
 
 
 def test_descriptors_limit_the_number() -> None:
-    assert _derived(700) == (70, "700 file descriptors (ulimit -n), 10 each")
+    assert _derived(700) == (262, "700 file descriptors (ulimit -n), 2 each for idle ones")
 
 
 def test_memory_limits_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +47,16 @@ def test_the_error_names_limit_and_setting() -> None:
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="ROCK_SANDBOX_LIMIT=-1 is below 0"):
         Settings.read(sandbox_limit=-1)
+
+
+def test_the_report_of_the_host_names_the_limit_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "read", lambda: (64 << 30, 0))
+    files = resources.open_files(hard=True)
+    found = next(one for one in probe.host_report() if one.name == "open files")
+    if files is None:
+        assert found.ok and found.detail == "no limit"
+    else:
+        most = (files - files // 4) // 2
+        assert found.detail == f"{files}: {most} sandboxes with sessions at most"
+        enough = most >= (64 << 30) // resources.MEMORY_EACH
+        assert found.ok is (True if enough else None) and bool(found.hint) != enough

@@ -650,7 +650,7 @@ export interface JobTask {
   spec?: Record<string, unknown>;
 }
 
-/** A request of a rocklet to become a worker. url: where servers reach it; tunnel://NAME for one that opens tunnels to them. holder: a random text that it stores in its home: the identity of the machine, independent of its name. epoch: the last that it had; 0 for none. fresh: it has given up that epoch, and has no sandboxes of it. */
+/** A request of a rocklet to become a worker. url: where servers reach it; tunnel://NAME for one that opens tunnels to them; process://SECRET for a process that the server has started. holder: a random text that it stores in its home: the identity of the machine, independent of its name. epoch: the last that it had; 0 for none. fresh: it has given up that epoch, and has no sandboxes of it. */
 export interface JoinWorker {
   name: string;
   url: string;

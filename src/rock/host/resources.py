@@ -10,7 +10,8 @@ from rock.errors import NoCapacity, Unsupported
 from rock.protocol.sandbox import SandboxConfig
 
 _FRESH = 0.02  # cache lifetime in seconds: a read takes 40 us, and creates come in bursts
-_MEMORY_EACH, _FILES_EACH = 4 << 20, 10  # of an idle sandbox with a session, and a reserve
+MEMORY_EACH, _FILES_EACH = 4 << 20, 2  # of an idle sandbox with a session, and a reserve
+ACTIVE_FILES = 4  # one of so many descriptors is for sandboxes that are in use and for clients
 _UNKNOWN = 2000
 _known = (float("-inf"), 0, 0)
 
@@ -40,17 +41,27 @@ def sandboxes(share: int = 1) -> tuple[int, str]:
     of an idle one, as `bench/growth.py` measures them. share: number of processes that share the memory."""
     memory = read()[0] // share
     of = f" of each of {share} processes" if share > 1 else ""
-    each = _MEMORY_EACH >> 20
-    limits = [] if not memory else [(memory // _MEMORY_EACH, f"{memory >> 20} MB of memory{of}, {each} each")]
+    files = open_files()
+    each = MEMORY_EACH >> 20
+    limits = [] if not memory else [(memory // MEMORY_EACH, f"{memory >> 20} MB of memory{of}, {each} each")]
+    if files is not None:
+        limits.append((within(files), f"{files} file descriptors (ulimit -n), {_FILES_EACH} each for idle ones"))
+    return min(limits, default=(_UNKNOWN, "this machine reports no memory"))
+
+
+def within(files: int) -> int:
+    """How many sandboxes with a session a server holds that may open so many files."""
+    return (files - files // ACTIVE_FILES) // _FILES_EACH
+
+
+def open_files(*, hard: bool = False) -> int | None:
+    """The number of files that this process may open; None without a limit. hard: that it could permit itself."""
     try:
         import resource
     except ImportError:  # the platform has no such limits
-        pass
-    else:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if files != resource.RLIM_INFINITY:
-            limits.append((files // _FILES_EACH, f"{files} file descriptors (ulimit -n), {_FILES_EACH} each"))
-    return min(limits, default=(_UNKNOWN, "this machine reports no memory"))
+        return None
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[int(hard)]
+    return None if files == resource.RLIM_INFINITY else files
 
 
 def pressure() -> float | None:

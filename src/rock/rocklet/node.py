@@ -26,6 +26,7 @@ from rock.rocklet.configuration import WorkerConfiguration
 from rock.rocklet.durability import resume
 from rock.rocklet.environments.host import ENV_LEASE
 from rock.rocklet.environments.local_socket import LocalSocket
+from rock.rocklet.idle import AFTER, IdleDescriptors
 from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
@@ -61,12 +62,14 @@ class Node:
         env_lease: float = ENV_LEASE,
         host_mounts: Sequence[str] = (),
         own_logs: bool = False,
+        idle_after: float = AFTER,
         share: int = 1,
         home: Path | None = None,
     ) -> None:
-        """limit: maximum number of sandboxes; 0 is what memory and file descriptors permit. share: number of processes
-        that share the memory. home: of the server, if not that of this rocklet. host_mounts: folders of
-        this machine below which sandboxes may mount folders. own_logs: of WorkerConfiguration."""
+        """limit: maximum number of sandboxes; 0 is what memory and file descriptors permit. host_mounts: folders of
+        this machine below which sandboxes may mount folders. own_logs: of WorkerConfiguration. idle_after: of
+        IdleDescriptors. share: number of processes that share the memory. home: of the server, if not that of this
+        rocklet."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
@@ -88,6 +91,7 @@ class Node:
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
         self.pools = WarmPools(self.runtimes)
+        self.descriptors = IdleDescriptors(idle_after)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -105,6 +109,7 @@ class Node:
         await asyncio.to_thread(self.snapshots.open)
         await self.runtimes.open()
         self.configuration.open()
+        self.descriptors.start()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
         await Recovery(self).run()
@@ -122,6 +127,7 @@ class Node:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.descriptors.close()
         await self.pools.close()
         await self.snapshots.close()
         await self.commits.close()
@@ -196,7 +202,7 @@ class Node:
             raise
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
-        supervisor.begin_auto_pause()
+        supervisor.begin_idle()
         self._used.note(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.sessions.claim(ahead):
@@ -214,7 +220,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         self.kept.awake(sandbox_id)
         self.supervisors[sandbox_id] = supervisor
-        supervisor.begin_auto_pause()
+        supervisor.begin_idle()
         self._spawn(self._open_default(supervisor, None))
         return supervisor
 
@@ -223,7 +229,7 @@ class Node:
     ) -> Supervisor:
         """The supervisor of a running sandbox. spools: the name of its existing spool folder."""
         return Supervisor(sandbox_id, config, runtime, handle, self.state_dir, self._ended, spools, self._env_lease,
-                          self.gateway)  # fmt: skip
+                          self.gateway, self.descriptors)  # fmt: skip
 
     async def _undo(self, supervisor: Supervisor) -> None:
         """Remove a sandbox whose start failed, completely, also if its stop cancels the start meanwhile."""
@@ -345,7 +351,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
-        new.begin_auto_pause()
+        new.begin_idle()
         await old.replaced()  # also removes its logs
         await new.attach_processes(new.expected)
         await new.saved()
@@ -573,5 +579,5 @@ class Recovery:
         if record.get("inherited", [None])[0] is not None:
             node.snapshots.inherit(supervisor, record["inherited"][0], record["inherited"][1:])
         node.supervisors[sandbox_id] = supervisor
-        supervisor.begin_auto_pause()
+        supervisor.begin_idle()
         log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())

@@ -30,9 +30,10 @@ from rock.rocklet.durability.checksums import Slot
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.environments.host import ENV_LEASE, EnvHost
 from rock.rocklet.gateway_port import GatewayPort
+from rock.rocklet.idle import IdleDescriptors
 from rock.rocklet.port_connections import Connections
 from rock.rocklet.state import StateDirectory, written
-from rock.runtime.base import Handle, Keeps, Limits, Pauses, Runtime, Watches
+from rock.runtime.base import Handle, Keeps, Limits, Pauses, ReportsEnds, Runtime, Watches
 
 
 class Uploads:
@@ -87,6 +88,7 @@ class Supervisor:
         spools: str | None = None,
         env_lease: float = ENV_LEASE,
         gateway: App | None = None,
+        descriptors: IdleDescriptors | None = None,
     ) -> None:
         self.id = sandbox_id
         self.config = config
@@ -116,6 +118,8 @@ class Supervisor:
         self.journal = Journal(self.spools)
         self._marked = False  # whether the folder of spool files has been made
         self._ended = ended
+        self._descriptors = descriptors
+        self.sessions.reopened = self._note_use
         self._busy = 0
         self.paused = False
         self._last = time.monotonic()
@@ -123,7 +127,12 @@ class Supervisor:
         self._killed_at = -math.inf
         self._env_lock = asyncio.Lock()
         self._save_lock = asyncio.Lock()
-        self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
+        self._watch: asyncio.Task[None] | None = None
+        self._unwatch: Callable[[], None] | None = None
+        if isinstance(runtime, ReportsEnds):
+            self._unwatch = runtime.when_ended(handle, self._end)
+        else:
+            self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
         self.auto_pause = None if config.auto_pause is None else AutoPause(self, config.auto_pause)
         self._pauser: asyncio.Task[None] | None = None
 
@@ -198,8 +207,9 @@ class Supervisor:
 
     # ---- activity ----
 
-    def begin_auto_pause(self) -> None:
-        """Pause it when it is idle, from now on, if its config has that."""
+    def begin_idle(self) -> None:
+        """From now on, close its descriptors when it is idle, and pause it, if its config has that."""
+        self._note_use()
         if self.auto_pause is not None and self._pauser is None:
             self._pauser = asyncio.create_task(self.auto_pause.run(), name=f"auto-pause-{self.id}")
 
@@ -229,6 +239,31 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         self._busy -= 1
         self._last = time.monotonic()
+        if not self._busy:
+            self._note_use()
+
+    def _note_use(self) -> None:
+        if self._descriptors is not None and self.cause is None:
+            self._descriptors.note(self)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a request is in progress, or its processes are paused."""
+        return bool(self._busy or self.paused)
+
+    @property
+    def last_active(self) -> float:
+        """time.monotonic() of its last request."""
+        return self._last
+
+    async def close_descriptors(self) -> bool:
+        """Close the descriptors of sessions and spool files until the next request; False when some stay open."""
+        if self.cause is not None or self.leaving:
+            return True
+        closed = await self.sessions.close_streams()
+        if not self._busy:
+            self.journal.close_files()
+        return closed
 
     async def during(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """A stream that counts as activity while it is read: a slow client does not make the sandbox idle."""
@@ -420,7 +455,10 @@ class Supervisor:
         return f"the memory limit of {self.config.memory} was exceeded, and the kernel killed a process"
 
     async def _watch_end(self) -> None:
-        why = await self.runtime.wait(self.handle)
+        self._end(await self.runtime.wait(self.handle))
+
+    def _end(self, why: str) -> None:
+        """Record the end and its reason."""
         kills = self.runtime.oom_kills(self.handle) if isinstance(self.runtime, Watches) else 0
         if why == "oom":
             cause, text = Cause.OUT_OF_MEMORY, f"it ran out of its {self.config.memory} of memory"
@@ -502,19 +540,22 @@ class Supervisor:
 
     async def _let_go(self) -> None:
         """Stop watching for its end, opening sessions, and connections to its ports."""
+        if self._descriptors is not None:
+            self._descriptors.forget(self)
         self._over.set()
         self.connections.cut()
         self.gateway_port.cut()
         await self._end_tasks()
 
     async def _end_tasks(self) -> None:
-        self._watch.cancel()
-        pausers = [] if self._pauser is None else [self._pauser]
-        for task in pausers:
+        if self._unwatch is not None:
+            self._unwatch()
+        tasks = [task for task in (self._watch, self._pauser) if task is not None]
+        for task in tasks:
             task.cancel()
         if self.auto_pause is not None:
             await self.auto_pause.close()
-        await asyncio.gather(self._watch, *pausers, *self.sessions.cancel_opening(), return_exceptions=True)
+        await asyncio.gather(*tasks, *self.sessions.cancel_opening(), return_exceptions=True)
 
     async def _close_all(self) -> None:
         await self.sessions.close_all()

@@ -171,6 +171,26 @@ class Process(Protocol):
 
 
 @runtime_checkable
+class Reopens(Process, Protocol):
+    """A kept process whose streams the rocklet can close while no one uses them."""
+
+    @property
+    def reopens(self) -> bool:
+        """Whether this process supports it now."""
+        ...
+
+    async def close_streams(self, changed: Callable[[], None]) -> None:
+        """Close our descriptors; bytes that are unread stay in the streams. `changed` is called once, at output, at end
+        of file, at the exit, or when the sandbox is lost, possibly before this call returns. The caller has stopped
+        reading. On an error the descriptors are open still."""
+        ...
+
+    async def reopen_streams(self) -> None:
+        """Open them again, with other numbers. Idempotent. Lost, NotFound, Unavailable."""
+        ...
+
+
+@runtime_checkable
 class Runtime(Protocol):
     """A driver that creates sandboxes on this machine.
 
@@ -342,6 +362,15 @@ class Pauses(Protocol, metaclass=Capability):
 
     async def resume(self, handle: Handle) -> None:
         """Continue them. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class ReportsEnds(Protocol, metaclass=Capability):
+    """Reports the end of a sandbox without a task and without a descriptor for each of them."""
+
+    def when_ended(self, handle: Handle, ended: Callable[[str], None]) -> Callable[[], None]:
+        """Call `ended` once, with the reason that `wait` returns. Returns a function that cancels this; idempotent."""
         ...
 
 

@@ -163,7 +163,7 @@ class Rocklet:
         runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images,
                          settings.env_lease, settings.host_mount_folders, bool(settings.join),
-                         settings.share, settings.server_home)  # fmt: skip
+                         settings.idle_after, settings.share, settings.server_home)  # fmt: skip
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)

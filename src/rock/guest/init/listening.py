@@ -1,8 +1,10 @@
-"""Loopback ports of the server inside: pid 1 listens, and passes each accepted connection to the server.
+"""Ports inside: connections to those of programs, and loopback ports of the server, on which pid 1 listens.
 
     listen {"port": P}    -> {"port": P}; 0 lets the kernel choose. Idempotent for a port that pid 1 listens on
     accept {"port": P}    -> a connection, as soon as a program inside has opened one
     unlisten {"port": P}  -> closed; pending accepts fail
+
+Each accepted connection is passed to the server.
 
 A port stays open when the server restarts: connections wait in its backlog until the next server accepts them. pid 1
 accepts no connection without a request, so the backlog of the kernel is the limit. Standard library only.
@@ -11,6 +13,8 @@ accepts no connection without a request, so the backlog of the kernel is the lim
 from __future__ import annotations
 
 import errno
+import os
+import select
 import socket
 from collections import deque
 from typing import Any, Protocol
@@ -115,3 +119,56 @@ class Listening:
         elif port.watched and not wanted:
             self._loop.unwatch(port.sock.fileno())
         port.watched = wanted
+
+
+# ---- connections to ports inside, returned as connected sockets ----
+
+def start_connection(loop: Loop, server: Server, connection: Connection, number: int, request: dict[str, Any]) -> None:
+    """Connect without blocking the loop, and reply with the socket."""
+    host, port = str(request.get("host") or "127.0.0.1"), int(request["port"])
+    timeout = max(0.0, min(float(request.get("timeout", 10)), 300.0))
+    if not 0 < port < 65536:
+        raise Fault("invalid_config", f"{port} is not a port")
+    host = {"localhost": "127.0.0.1"}.get(host, host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.inet_pton(family, host)
+    except OSError:
+        raise Fault("invalid_config", f"{host!r} is not an IP address") from None
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    what = f"port {port} of {host} inside"
+    error = sock.connect_ex((host, port))
+    if error not in (0, errno.EINPROGRESS):
+        sock.close()
+        raise _fault(error, what)
+    settled = False
+
+    def settle() -> None:
+        nonlocal settled
+        if settled:
+            return
+        settled = True
+        loop.unwatch(sock.fileno())
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            sock.close()
+            server.refuse(connection, number, _fault(error, what))
+        else:
+            server.answer(connection, number, {}, [sock.detach()])
+
+    def give_up() -> None:
+        nonlocal settled
+        if not settled:
+            settled = True
+            loop.unwatch(sock.fileno())
+            sock.close()
+            server.refuse(connection, number, Fault("port_timeout", f"{what} did not answer in {timeout:g} s"))
+
+    loop.watch(sock.fileno(), settle, select.EPOLLOUT)
+    loop.later(timeout, give_up)
+
+
+def _fault(error: int, what: str) -> Fault:
+    if error in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET):
+        return Fault("not_found", f"nothing listens on {what}")
+    return of_os_error(OSError(error, os.strerror(error)), what)

@@ -26,7 +26,7 @@ if __name__ == "__main__" and "rock" not in sys.modules:
     _package.__path__ = [_source]
     sys.modules["rock"] = _package
 
-import errno
+import fcntl
 import gc
 import json
 import os
@@ -42,7 +42,7 @@ from typing import Any, TypeVar
 from rock.guest.init import files, process_tree, programs, syscalls, users
 from rock.guest.init.freeze import Freeze
 from rock.guest.init.link import Connection, Fault, Loop, of_os_error, send_patiently
-from rock.guest.init.listening import Listening
+from rock.guest.init.listening import Listening, start_connection
 from rock.guest.init.sharing import PageSharing
 
 _CHILD_PATIENCE = 600.0
@@ -287,13 +287,33 @@ class Init(Loop):
         if program.pid in self.starting:  # it has no streams yet, and may turn out not to start
             self.later(_STARTS, lambda: self._handle(connection, request))
             return
+        self._unwatch_streams(program)
         fds = [os.dup(fd) for fd in program.held.values()]
         self.answer(connection, number, program.describe(), fds)
+
+    def do_watch_streams(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Watch the streams of a kept program for a server that closes its copies: the first output or end of file is
+        reported once. `attach` ends it."""
+        program = self._kept(str(request.get("key")))
+
+        def report() -> None:
+            self._unwatch_streams(program)
+            self.tell({"event": "readable", "pid": program.pid})
+
+        for fd in program.held.values():
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
+                self.watch(fd, report)
+        self.answer(connection, number, {}, [])
+
+    def _unwatch_streams(self, program: programs.Program) -> None:
+        for fd in program.held.values():
+            self.unwatch(fd)
 
     def do_forget(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         """Close the held copies of its streams; forget it if it has ended."""
         program = self.programs.get(int(request.get("pid", 0)))
         if program is not None and program.ended is not None:
+            self._unwatch_streams(program)
             program.release()
             del self.programs[program.pid]
         self.answer(connection, number, {}, [])
@@ -307,6 +327,7 @@ class Init(Loop):
         program = self.programs.get(int(request["pid"]))
         fd = program.held.pop(str(request["stream"]), None) if program is not None else None
         if fd is not None:
+            self.unwatch(fd)
             os.close(fd)
         self.answer(connection, number, {}, [])
 
@@ -410,7 +431,7 @@ class Init(Loop):
         look()
 
     def do_dial(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        start_connection(self, connection, number, request)
+        start_connection(self, self, connection, number, request)
 
     def do_listen(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         self.answer(connection, number, {"port": self.listening.listen(int(request["port"]))}, [])
@@ -538,60 +559,6 @@ def main() -> None:
     init = prepare(socket.socket(fileno=int(options["listen"])), int(options["uid"]), bool(options.get("outside")))
     gc.freeze()
     init.run()
-
-
-
-# ---- connections to ports inside, returned as connected sockets ----
-
-def start_connection(init: Init, connection: Connection, number: int, request: dict[str, Any]) -> None:
-    """Connect without blocking the loop, and reply with the socket."""
-    host, port = str(request.get("host") or "127.0.0.1"), int(request["port"])
-    timeout = max(0.0, min(float(request.get("timeout", 10)), 300.0))
-    if not 0 < port < 65536:
-        raise Fault("invalid_config", f"{port} is not a port")
-    host = {"localhost": "127.0.0.1"}.get(host, host)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.inet_pton(family, host)
-    except OSError:
-        raise Fault("invalid_config", f"{host!r} is not an IP address") from None
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    what = f"port {port} of {host} inside"
-    error = sock.connect_ex((host, port))
-    if error not in (0, errno.EINPROGRESS):
-        sock.close()
-        raise _fault(error, what)
-    settled = False
-
-    def settle() -> None:
-        nonlocal settled
-        if settled:
-            return
-        settled = True
-        init.unwatch(sock.fileno())
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            sock.close()
-            init.refuse(connection, number, _fault(error, what))
-        else:
-            init.answer(connection, number, {}, [sock.detach()])
-
-    def give_up() -> None:
-        nonlocal settled
-        if not settled:
-            settled = True
-            init.unwatch(sock.fileno())
-            sock.close()
-            init.refuse(connection, number, Fault("port_timeout", f"{what} did not answer in {timeout:g} s"))
-
-    init.watch(sock.fileno(), settle, select.EPOLLOUT)
-    init.later(timeout, give_up)
-
-
-def _fault(error: int, what: str) -> Fault:
-    if error in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET):
-        return Fault("not_found", f"nothing listens on {what}")
-    return of_os_error(OSError(error, os.strerror(error)), what)
 
 
 if __name__ == "__main__":

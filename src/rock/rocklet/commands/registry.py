@@ -49,9 +49,11 @@ class Sessions:
         self.inherited: dict[str, tuple[CreateBashSessionRequest, str | None]] = {}
         self.give: Callable[[Session, str], Awaitable[None]] | None = None
         self.memory_kill: Callable[[int | None], str] = lambda exit_code: ""  # see Supervisor.memory_kill
+        self.reopened: Callable[[], None] = lambda: None  # see Session
 
     def _add(self, name: str, session: Session) -> None:
         session.memory_kill = self.memory_kill
+        session.reopened = self.reopened
         self._sessions[name] = session
 
     def __contains__(self, name: object) -> bool:
@@ -199,6 +201,10 @@ class Sessions:
         for task in tasks:
             task.cancel()
         return tasks
+
+    async def close_streams(self) -> bool:
+        """Close the descriptors of the shells that run no command; False when some stay open."""
+        return all([await session.close_streams() for session in list(self._sessions.values())]) and not self._opening
 
     async def detach(self) -> None:
         """Detach from all sessions and leave them running."""

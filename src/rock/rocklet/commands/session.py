@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from rock.rocklet.commands.shell_process import Run, Shell, Sink
 from rock.rocklet.durability.journal import Journal
 from rock.runtime.base import CLOCK, Handle, Runtime
 
+log = logging.getLogger("rock.node")
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
 
 
@@ -39,6 +41,8 @@ class Session:
         self._interpreter = Interpreter(runtime, handle, spec, sh, rc=spec != DEFAULT)
         self._lock = asyncio.Lock()
         self._leaving = False
+        self._reading: asyncio.Task[None] | None = None
+        self.reopened: Callable[[], None] = lambda: None  # called when output has opened its descriptors
         self.memory_kill: Callable[[int | None], str] = lambda exit_code: ""  # see Supervisor.memory_kill
 
     @property
@@ -157,6 +161,7 @@ class Session:
         """Terminate the shell and its process tree; its name is free afterwards."""
         interpreter = self._interpreter
         interpreter.closed = interpreter.closed or "it was closed"
+        await self._end_reading()
         await interpreter.process.kill()
         async with self._lock:  # the running command has seen the end, and waiting callers were rejected
             await interpreter.process.kill()
@@ -180,13 +185,56 @@ class Session:
             details=RESUMES,
         )
 
+    async def _end_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
     async def detach(self) -> None:
         """Detach from the shell and leave it running, for the next rocklet process."""
+        await self._end_reading()
         await self._interpreter.detach()
 
     async def discard(self) -> None:
         """Release its resources: its sandbox is being removed."""
+        await self._end_reading()
         await self._interpreter.release()
+
+    # ---- descriptors of an idle session ----
+
+    async def close_streams(self) -> bool:
+        """Close the descriptors of the shell until the next use. Output and the end of the shell open them again. False
+        when it has to be tried again later, as while a command runs."""
+        if self._leaving:
+            return True
+        if self._lock.locked():
+            return False
+        async with self._lock:
+            if self.closed is not None:
+                await self._interpreter.release()
+                return True
+            try:
+                await self._interpreter.process.close_streams(self._stream_changed)
+                return True
+            except RockError as error:
+                log.debug("session %s keeps its descriptors: %s", self.spec.session, error)
+                return False
+
+    def _stream_changed(self) -> None:
+        if not self._leaving:
+            self._reading = asyncio.create_task(self._read_again(), name=f"read-{self.spec.session}")
+
+    async def _read_again(self) -> None:
+        try:
+            await self._reopened()
+        except RockError as error:  # the next command gets the error
+            log.debug("session %s is not read: %s", self.spec.session, error)
+        self.reopened()
+
+    async def _reopened(self) -> None:
+        if not self._interpreter.process.has_streams:
+            async with self._lock:
+                await self._interpreter.process.reopen_streams()
 
     def pause(self) -> None:
         """Pause reading its output: the streaming client is slow, and the program has to wait."""
@@ -236,6 +284,7 @@ class Session:
 
     async def run_aside(self, action: BashAction) -> BashObservation:
         """Run a command of the rocklet itself, whose caller holds `between_commands`. `$?` stays as it was."""
+        await self._interpreter.process.reopen_streams()
         return await self._interpreter.aside(action)
 
     async def _run_now(self, action: BashAction, sink: Sink | None, keep: JournalEntry | None) -> BashObservation:
@@ -244,6 +293,8 @@ class Session:
                                 hint="leave separate out, or create the session without pty")
         interpreter = self._interpreter
         async with self._lock:
+            self._check_open()
+            await interpreter.process.reopen_streams()
             self._check_open()
             lost = interpreter.replaced and not await interpreter.restore()
             self._check_open()
@@ -293,6 +344,7 @@ class Session:
 
     async def type(self, data: bytes) -> None:
         """Write bytes to its terminal as typed input."""
+        await self._reopened()
         terminal = self._interpreter.process.terminal
         if terminal is None:
             raise InvalidConfig("only a session with a pty can be typed into", hint="create_session with pty=(24, 80)")
@@ -300,6 +352,7 @@ class Session:
         await write_all(terminal, data)
 
     async def resize(self, rows: int, columns: int) -> None:
+        await self._reopened()
         process = self._interpreter.process.process
         if self.spec.pty is None or process is None:
             raise InvalidConfig("only a session with a pty has a size", hint="create_session with pty=(24, 80)")

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rock.errors import NotFound, RockError, SessionClosed
+from rock.errors import Lost, NotFound, RockError, SessionClosed
 from rock.protocol.action import BashObservation, CreateBashSessionRequest
 from rock.rocklet.commands import shell_protocol
 from rock.rocklet.commands.output import Capped, Reader, as_text, is_pipe, write_all, write_now
 from rock.rocklet.durability.spool import told_missing
-from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
+from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Reopens, Runtime
 
 # ---- the running command ----
 
@@ -117,6 +117,7 @@ class ShellProcess:
         self._on_reports = on_reports
         self._on_exit = on_exit
         self._watch: asyncio.Task[None] | None = None
+        self._closed_streams = False
 
     # ---- start and end ----
 
@@ -155,6 +156,14 @@ class ShellProcess:
             raise SessionClosed(f"the shell of session {self.spec.session} has ended", hint="open a new session")
         self.process = process
         self.reports = shell_protocol.ReportParser()
+        self._read(process)
+
+    def _read(self, process: Process) -> None:
+        """Read its streams, and watch for its exit."""
+        dialect = self.shell.dialect
+        if process.stdout is None:
+            raise SessionClosed(f"the shell of session {self.spec.session} has ended", hint="open a new session")
+        self._closed_streams = False
         self.readers = [Reader(process.stdout, lambda data: self._on_output(False, data))]
         if dialect.errors in process.channels:
             self.readers.append(Reader(process.channels[dialect.errors], lambda data: self._on_output(True, data)))
@@ -162,6 +171,41 @@ class ShellProcess:
         fd = self.script
         self.piped = fd is not None and is_pipe(fd)
         self._watch = asyncio.create_task(self._watch_exit(process), name=f"session-{self.spec.session}")
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether its descriptors are open."""
+        return not self._closed_streams
+
+    async def close_streams(self, changed: Callable[[], None]) -> None:
+        """Close its descriptors while no command runs, and end the task that waits for its exit. `changed` is called
+        once, when `reopen_streams` is due. No effect where the runtime cannot do it. RockError."""
+        process = self.process
+        if self._closed_streams or not isinstance(process, Reopens) or not process.reopens:
+            return
+        for reader in self.readers:
+            reader.pause()
+        try:
+            await process.close_streams(changed)
+        except BaseException:
+            for reader in self.readers:
+                reader.resume()
+            raise
+        self._closed_streams = True
+        await self.detach()
+        self.readers = []
+
+    async def reopen_streams(self) -> None:
+        """Open the descriptors again. Idempotent. RockError."""
+        process = self.process
+        if self._closed_streams and isinstance(process, Reopens):
+            try:
+                await process.reopen_streams()
+            except (Lost, NotFound):
+                self._closed_streams = False
+                self._on_exit(ExitStatus())
+                return
+            self._read(process)
 
     async def _watch_exit(self, process: Process) -> None:
         try:

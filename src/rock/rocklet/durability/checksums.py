@@ -169,10 +169,11 @@ class Checksums:
         self._places.clear()
         if self._fd >= 0:
             os.ftruncate(self._fd, 0)
-        else:  # nothing was written since an earlier rocklet process
+        else:
             self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Close the descriptor until the next write."""
         with contextlib.suppress(OSError):
             if self._fd >= 0:
                 os.close(self._fd)

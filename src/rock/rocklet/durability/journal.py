@@ -79,6 +79,12 @@ class Journal:
         else:
             self._folder.give_back(spool)
 
+    def close_files(self) -> None:
+        """Close the descriptors of the folder until the next use."""
+        if not self._closed:
+            self.flush()
+            self._folder.rest()
+
     def sweep(self) -> None:
         """Remove the spool files of programs of an earlier rocklet process that have no request in progress."""
         self._folder.sweep({name for entry in self.begun.values() for name, _ in entry.get("spools", ())})

@@ -55,9 +55,29 @@ class SpoolFile:
         self.broken = False  # the disk is full: further output is not stored
         self._splices = True
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._closed = False
         self.end = max(_HEAD.size, os.fstat(self._fd).st_size)
         self.start = self.end
         self._short = any(os.pread(self._fd, _HEAD.size, 0))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is used still, even if `rest` closed its descriptor."""
+        return not self._closed
+
+    def _open(self) -> int:
+        """The descriptor, opened again after `rest`. OSError."""
+        if self._fd < 0:
+            if self._closed:
+                raise OSError(errno.EBADF, "the spool file is closed")
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._fd
+
+    def rest(self) -> None:
+        """Close the descriptor until the next use."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     @property
     def full(self) -> bool:
@@ -67,8 +87,8 @@ class SpoolFile:
     def begin(self, held: bytes = b"") -> int:
         """A command begins, with the output that precedes it; returns its offset."""
         if self.full:
+            os.ftruncate(self._open(), 0)
             self._short = False
-            os.ftruncate(self._fd, 0)
             self.end = _HEAD.size
             self._marks.drop(self._name)
         elif self._lost:
@@ -87,13 +107,19 @@ class SpoolFile:
 
     def take(self, fd: int, limit: int) -> bytes:
         """Move available bytes of a descriptor to the file and return them: os.read with a stored copy."""
+        if not self.broken:
+            try:
+                own = self._open()
+            except OSError as error:
+                self.broken = True
+                log.warning("output is not kept for a restart: %s", error)
         if self.broken:
             data = os.read(fd, min(limit, _PORTION))
             self._lose(len(data))
             return data
         if self._splices:
             try:
-                count = os.splice(fd, self._fd, min(limit, _PORTION), offset_dst=self.end)
+                count = os.splice(fd, own, min(limit, _PORTION), offset_dst=self.end)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EIO):
                     raise
@@ -101,7 +127,7 @@ class SpoolFile:
                 # moved.
                 self._splices = error.errno in (errno.ENOSPC, errno.EDQUOT)
             else:
-                data = os.pread(self._fd, count, self.end)
+                data = os.pread(own, count, self.end)
                 if count:
                     self.end += count
                     self._checksum = zlib.crc32(data, self._checksum)
@@ -113,7 +139,7 @@ class SpoolFile:
 
     def _add(self, data: bytes) -> None:
         try:
-            done = os.pwrite(self._fd, data, self.end)
+            done = os.pwrite(self._open(), data, self.end)
         except OSError as error:
             done = -1
             log.warning("output is not kept for a restart: %s", error)
@@ -156,7 +182,7 @@ class SpoolFile:
             self.broken = True
             log.warning("output is not kept for a restart: %s", error)
             return
-        os.close(self._fd)
+        self.rest()
         self._fd, self.start, self._short = fd, _HEAD.size, True
         self.end = _HEAD.size + len(head) + len(tail)
         self._checksum = checksum
@@ -173,7 +199,7 @@ class SpoolFile:
         Returns the number of stored bytes that are damaged or missing, of which none is loaded; None when there are
         none.
         """
-        head = os.pread(self._fd, _HEAD.size, 0)
+        head = os.pread(self._open(), _HEAD.size, 0)
         short = self._short and _HEAD.unpack(head)[0] == token
         missing, whole = self._verify(start, short)
         if not whole:
@@ -198,8 +224,8 @@ class SpoolFile:
         if found is not None and found.start not in (0, start):
             found = None  # the mark of an earlier command, which left no data here
         at = found.start if found is not None else 0 if short else start
-        size = max(_HEAD.size, os.fstat(self._fd).st_size)
-        data = b"".join(_portions(self._fd, at, size))
+        size = max(_HEAD.size, os.fstat(self._open()).st_size)
+        data = b"".join(_portions(self._open(), at, size))
         marked = 0 if found is None else found.end - at
         if found is not None and found.lost:
             missing = found.lost
@@ -208,7 +234,7 @@ class SpoolFile:
         ):
             missing, whole = (missing or 0) + max(len(data), marked), False
             self._set_aside()
-            os.ftruncate(self._fd, start)
+            os.ftruncate(self._open(), start)
             self._short, self.end, self._checksum = False, start, 0
         else:
             self.end, self._checksum = max(size, at), zlib.crc32(data)
@@ -222,12 +248,12 @@ class SpoolFile:
 
     def read(self) -> bytes:
         """The stored output of the running command."""
-        return b"".join(_portions(self._fd, self.start, self.end))
+        return b"".join(_portions(self._open(), self.start, self.end))
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close it for the next rocklet process."""
+        self.rest()
+        self._closed = True
 
     def remove(self) -> None:
         self.close()
@@ -237,7 +263,7 @@ class SpoolFile:
 
     def empty(self) -> None:
         """Reset the file for another owner. OSError."""
-        os.ftruncate(self._fd, 0)
+        os.ftruncate(self._open(), 0)
         self.end = self.start = _HEAD.size
         self._checksum = self._lost = 0
         self._short = self.broken = False
@@ -270,8 +296,8 @@ def _portions(fd: int, at: int, end: int) -> Iterator[bytes]:
 class SpoolFolder:
     """The spool files and the journal of one sandbox, in a folder that is created with the first of them.
 
-    Files stay open for the next session, program or sandbox, because creating and removing a file costs more than most
-    uses of it.
+    Files stay for the next session, program or sandbox, because creating and removing a file costs more than most uses
+    of it. `rest` closes the descriptors of all of them; a file is opened again when it is used.
     """
 
     def __init__(self, path: Path, aside: Path | None = None) -> None:
@@ -281,6 +307,7 @@ class SpoolFolder:
         self.marks = Checksums(path / _MARKS)
         self.found: dict[int, Slot] = {}  # marks of an earlier rocklet process
         self._free: dict[str, SpoolFile] = {}
+        self._used: set[SpoolFile] = set()
         self._journal = -1
         self._closed = False
 
@@ -290,7 +317,16 @@ class SpoolFolder:
         if found is None:
             self._make()
             found = SpoolFile(self.path / name, self.marks, self.found.pop(checksums.digest(name), None), self.aside)
+        self._used.add(found)
         return found
+
+    def rest(self) -> None:
+        """Close all descriptors until the next use."""
+        self._used = {spool for spool in self._used if spool.is_open}
+        for spool in (*self._used, *self._free.values()):
+            spool.rest()
+        self._close_journal()
+        self.marks.close()
 
     def borrow(self) -> SpoolFile:
         """An unused spool file. OSError."""
@@ -299,6 +335,7 @@ class SpoolFolder:
 
     def give_back(self, spool: SpoolFile) -> None:
         """Return a spool file that is no longer used."""
+        self._used.discard(spool)
         if len(self._free) < _FREE and not spool.broken and not self._closed:
             self._free[spool.path.name] = spool
             return
@@ -356,8 +393,8 @@ class SpoolFolder:
             self.marks.empty()
             self.found.clear()
             for name in os.listdir(self.path) if self.path.is_dir() else ():
-                if name == _JOURNAL and self._journal >= 0:
-                    os.ftruncate(self._journal, 0)
+                if name == _JOURNAL:
+                    os.truncate(self.path / name, 0)
                 elif name not in self._free and name != _MARKS:
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
@@ -371,6 +408,7 @@ class SpoolFolder:
         for spool in self._free.values():
             spool.close()
         self._free.clear()
+        self._used.clear()
         self._close_journal()
         self.marks.close()
 

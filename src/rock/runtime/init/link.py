@@ -28,6 +28,7 @@ from rock.runtime.base import CLOCK, ExitStatus, Program
 from rock.runtime.refusals import no_program, not_a_terminal_size
 
 SOCKET_NAME = "s"
+_WATCHED = 10.0  # timeout in seconds of a request that only saves descriptors
 PATIENCE = 60.0  # timeout in seconds of a request that has no time limit of its own
 log = logging.getLogger(__name__)
 Answer = tuple[dict[str, Any], list[int]]
@@ -54,8 +55,10 @@ def bind_listener(folder: Path) -> socket.socket:
 class InitLink:
     """A connection to the pid 1 of one sandbox. `connect` creates it; `close` ends it without ending the sandbox."""
 
-    def __init__(self, sock: socket.socket, sandbox_id: str) -> None:
+    def __init__(self, sock: socket.socket, sandbox_id: str, *, direct: bool = False) -> None:
+        """direct: the descriptors in replies are pid 1's own, so that they can be closed and received again."""
         self.sandbox_id = sandbox_id
+        self.direct = direct
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._number = 0
@@ -65,6 +68,7 @@ class InitLink:
         self._early: dict[int, ExitStatus] = {}
         self._outgoing: list[tuple[bytes, list[int]]] = []
         self.closed = False
+        self.on_lost: Callable[[], None] | None = None  # called once when pid 1 closed the connection
         self.resize: Callable[[int, int, int], None] = _set_size  # of a terminal, by its descriptor
         self._loop.add_reader(sock, self._readable)
 
@@ -81,10 +85,11 @@ class InitLink:
         except OSError as error:
             sock.close()
             raise errors.Lost(f"the sandbox's pid 1 does not answer: {error.strerror}", sandbox_id=sandbox_id) from None
-        return cls(sock, sandbox_id)
+        return cls(sock, sandbox_id, direct=True)
 
     def close(self) -> None:
         """Close the connection; pending requests raise Unavailable. The sandbox continues to run. Idempotent."""
+        self.on_lost = None
         self._close(errors.Unavailable("the server closes its connection to the sandbox", sandbox_id=self.sandbox_id,
                                        details=SENT, hint="send the request again once the server has restarted"))
 
@@ -107,6 +112,9 @@ class InitLink:
             for process in group:
                 process.lost(reason)
         self._processes.clear()
+        lost, self.on_lost = self.on_lost, None
+        if lost is not None:
+            lost()
 
     def _lost(self) -> errors.Lost:
         return errors.Lost("the sandbox's pid 1 is gone", sandbox_id=self.sandbox_id)
@@ -211,6 +219,11 @@ class InitLink:
             _close_all(fds)
             log.warning("pid 1 of sandbox %s: %s", self.sandbox_id, str(message.get("text"))[:1000])
             return
+        if message.get("event") == "readable":
+            _close_all(fds)
+            for process in self._processes.get(int(message["pid"]), ()):
+                process.readable()
+            return
         if message.get("event") == "exit":
             _close_all(fds)
             pid, status = int(message["pid"]), _status(message)
@@ -260,7 +273,7 @@ class InitLink:
 
     def _adopt(self, reply: Mapping[str, Any], fds: list[int], key: str, keep: bool) -> InitProcess:
         pid = int(reply["pid"])
-        process = InitProcess(self, pid, key, keep, bool(reply["pty"]), dict(zip(reply["streams"], fds, strict=True)))
+        process = InitProcess(self, pid, key, keep, bool(reply["pty"]), self.streams(reply, fds))
         early = self._early.pop(pid, None)
         if reply.get("ended") or early is not None:
             process.ended(early or _status(reply["ended"]))
@@ -269,6 +282,15 @@ class InitLink:
         else:
             self._processes.setdefault(pid, []).append(process)
         return process
+
+    def streams(self, reply: Mapping[str, Any], fds: list[int]) -> dict[str, int]:
+        """The descriptors of a reply, by stream. Unavailable when the kernel dropped some of them."""
+        if len(fds) != len(reply["streams"]):
+            _close_all(fds)
+            raise errors.Unavailable("the server has no free file descriptor for the streams of a program",
+                                     sandbox_id=self.sandbox_id,
+                                     hint="raise the limit of open files (ulimit -n) of the server, or stop sandboxes")
+        return dict(zip(reply["streams"], fds, strict=True))
 
 
 class InitProcess:
@@ -282,6 +304,10 @@ class InitProcess:
         self._has_pty = has_pty
         self._closed = False
         self._end: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
+        self._changed: Callable[[], None] | None = None  # set while the streams are closed
+        self._open(streams)
+
+    def _open(self, streams: dict[str, int]) -> None:
         terminal = streams.pop("pty", None)
         self.stdin: int | None = streams.pop("stdin", None)
         self.stdout: int | None = streams.pop("stdout", None)
@@ -289,6 +315,7 @@ class InitProcess:
         if terminal is not None:
             self.stdin, self.stdout = terminal, os.dup(terminal)
         self.channels: Mapping[int, int] = {int(name): fd for name, fd in streams.items()}
+        self._opened = True
 
     def __repr__(self) -> str:
         return f"InitProcess(pid={self.pid}, key={self.key!r}, sandbox={self._link.sandbox_id!r})"
@@ -297,12 +324,47 @@ class InitProcess:
         """Record the exit; called once by the link."""
         if not self._end.done():
             self._end.set_result(status)
+        self.readable()
 
     def lost(self, error: errors.RockError) -> None:
         """Record the loss of pid 1; called by the link."""
         if not self._end.done():
             self._end.set_exception(error)
             self._end.exception()  # mark as retrieved: a process without waiters is not an error
+        self.readable()
+
+    def readable(self) -> None:
+        """Report to the owner of closed streams that there is something to read."""
+        changed, self._changed = self._changed, None
+        if changed is not None:
+            changed()
+
+    @property
+    def reopens(self) -> bool:
+        return self._keep and self._link.direct and not self._closed and not self._end.done()
+
+    def _can_open(self) -> bool:
+        return not (self._closed or self._opened)
+
+    async def close_streams(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        try:
+            await self._link.request("watch_streams", {"key": self.key}, patience=_WATCHED)
+        except BaseException:
+            self._changed = None
+            raise
+        self._close_streams()
+
+    async def reopen_streams(self) -> None:
+        self._changed = None
+        if not self._can_open():
+            return
+        reply, fds = await self._link.request("attach", {"key": self.key})
+        streams = self._link.streams(reply, fds)
+        if not self._can_open():  # closed, or opened by another caller meanwhile
+            _close_all(fds)
+            return
+        self._open(streams)
 
     @property
     def status(self) -> ExitStatus | None:
@@ -351,11 +413,16 @@ class InitProcess:
         if self._closed:
             return
         self._closed = True
+        self._changed = None
+        self._close_streams()
+        if forget and self._keep and self._end.done():
+            self._link.post("forget", {"pid": self.pid})
+
+    def _close_streams(self) -> None:
         _close_all([fd for fd in (self.stdin, self.stdout, self.stderr, *self.channels.values()) if fd is not None])
         self.stdin = self.stdout = self.stderr = None
         self.channels = {}
-        if forget and self._keep and self._end.done():
-            self._link.post("forget", {"pid": self.pid})
+        self._opened = False
 
 
 def _set_size(fd: int, rows: int, columns: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rock.guest.init import native
+from rock.host import resources
 from rock.runtime.namespace.launcher import seccomp
 from rock.runtime.namespace.limits import cgroups, disk_layout
 
@@ -93,6 +94,7 @@ def host_report(run_dir: Path | None = None) -> list[Finding]:
         Finding("kernel", _release() >= (5, 12), platform.release(), "Linux 5.12 or newer is needed, 5.19 as root"),
         Finding("user", None, "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"),
         _native(),
+        _open_files(),
     ]
     for what, name, hint in (
         ("userns", "user namespaces", "see kernel.unprivileged_userns_clone, user.max_user_namespaces and, on Ubuntu, "
@@ -158,6 +160,17 @@ def _cgroup_findings(base: str) -> list[Finding]:
         except OSError:
             pass
     return report
+
+
+def _open_files() -> Finding:
+    """The hard limit, to which a server raises its own one."""
+    files = resources.open_files(hard=True)
+    if files is None:
+        return Finding("open files", True, "no limit")
+    most, memory = resources.within(files), resources.read()[0] // resources.MEMORY_EACH
+    text = f"{files}: {most} sandboxes with sessions at most"
+    hint = f"the memory suffices for {memory}: raise the hard limit (ulimit -Hn, LimitNOFILE of systemd) for more"
+    return Finding("open files", True if most >= memory else None, text, "" if most >= memory else hint)
 
 
 def _native() -> Finding:

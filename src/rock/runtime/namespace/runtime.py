@@ -37,7 +37,7 @@ from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
 from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.namespace.pools import Pool
 from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
-from rock.runtime.namespace.slots import Sandbox, Slots
+from rock.runtime.namespace.slots import Ending, Sandbox, Slots
 from rock.runtime.namespace.snapshots import Snapshots
 from rock.runtime.pools import PoolState, PoolTarget, Prepared
 from rock.runtime.process.runtime import wait_gone
@@ -352,6 +352,16 @@ class NamespaceRuntime(InitSandboxes):
     async def wait(self, handle: Handle) -> str:
         kills = self.oom_kills(handle)
         await wait_gone(handle.data["pid"], handle.data["start"])
+        return self._why(handle, kills)
+
+    def when_ended(self, handle: Handle, ended: Callable[[str], None]) -> Callable[[], None]:
+        """The connection to pid 1 shows its end; where it closes earlier, the process is awaited."""
+        kills = self.oom_kills(handle)
+        return Ending(handle.data["pid"], handle.data["start"], lambda: self.link(handle),
+                      lambda: ended(self._why(handle, kills))).cancel
+
+    def _why(self, handle: Handle, kills: int) -> str:
+        """The reason of its end. kills: see oom_kills, of an earlier time."""
         if self._slots.was_signalled(handle):
             return "gone"
         if (full := self._slots.full(handle)) is not None:

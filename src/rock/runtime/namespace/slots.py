@@ -123,6 +123,47 @@ class Sandbox:
         return found
 
 
+_RETRY = 1.0  # seconds
+
+
+class Ending:
+    """Calls `ended` once when a pid 1 ends. The end of its connection shows that, without a further descriptor; where
+    the process lives on, as it does for a moment, the process itself is awaited."""
+
+    def __init__(self, pid: int, start: int, link: Callable[[], InitLink], ended: Callable[[], None]) -> None:
+        self._pid = pid
+        self._start = start
+        self._ended: Callable[[], None] | None = ended
+        self._task: asyncio.Task[None] | None = None
+        try:
+            self._link = link()
+        except errors.Lost:
+            self._lost()
+        else:
+            self._link.on_lost = self._lost
+
+    def _lost(self) -> None:
+        if self._ended is not None:
+            self._task = asyncio.create_task(self._wait(), name=f"end-of-{self._pid}")
+
+    async def _wait(self) -> None:
+        while True:
+            try:
+                await wait_gone(self._pid, self._start)
+                break
+            except OSError:  # no descriptor is free
+                await asyncio.sleep(_RETRY)
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended()
+
+    def cancel(self) -> None:
+        """Call nothing from now on. Idempotent."""
+        self._ended = None
+        if self._task is not None:
+            self._task.cancel()
+
+
 class Slots:
     """The slots below `run_dir`, whose path has no links. making: slots under construction, which the sweep skips.
 
