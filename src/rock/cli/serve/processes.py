@@ -58,9 +58,9 @@ def count_of(settings: Settings) -> int:
     if settings.processes > 1 and not alone:
         raise Unsupported(f"--workers {settings.processes}: this server has no sandboxes of its own",
                           hint="set it for the server of a machine with sandboxes")  # fmt: skip
-    if settings.processes > 1 and sys.platform != "linux":
+    if settings.processes > 1 and not hasattr(os, "sched_getaffinity"):
         raise Unsupported(f"--workers {settings.processes}: several processes need Linux", hint="use --workers 1")
-    if settings.processes or not alone or sys.platform != "linux":
+    if settings.processes or not alone or not hasattr(os, "sched_getaffinity"):
         return settings.processes or 1
     return usual_count(len(os.sched_getaffinity(0)))
 
