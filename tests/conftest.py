@@ -33,6 +33,9 @@ settings.register_profile("rock", database=None, deadline=None)
 settings.load_profile("rock")
 
 
+# The default depends on the CPUs of the machine: with ROCK_PROCESSES=2 the servers of the tests have two processes.
+os.environ.setdefault("ROCK_PROCESSES", "1")
+
 # Files that take the longest, or wait the longest.
 FIRST = ("tests/test_rootless.py", "tests/envs/test_gem.py", "tests/e2e/test_commit.py", "tests/cli/test_cli.py")
 
