@@ -24,7 +24,8 @@ def world(tmp_path: Path) -> Iterator[tuple[RunningServer, list[Machine]]]:
     front = server(tmp_path / "server")
     machines = []
     for name in ("w1", "w2"):
-        machine = Machine(tmp_path / name, "--join", front.url, "--token", TOKEN, "--name", name, ROCK_RUNTIME="fake")
+        machine = Machine(tmp_path / name, "--join", front.url, "--token", TOKEN, "--name", name, ROCK_RUNTIME="fake",
+                          ROCK_SANDBOX_LIMIT="2000")  # fmt: skip
         machine.start()
         machines.append(machine)
     with Client(front.url, KEY) as client:
