@@ -44,7 +44,8 @@ def rows() -> list[tuple[str, str, str]]:
 
 def fields() -> set[str]:
     """The variables of the server's settings, by the fields of `Settings`."""
-    names = {f"ROCK_{field.name.upper()}" for field in dataclasses.fields(settings.Settings)}
+    found = [field for field in dataclasses.fields(settings.Settings) if not field.metadata.get("internal")]
+    names = {f"ROCK_{field.name.upper()}" for field in found}
     cluster = {"KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"}
     return names - {"ROCK_DOCKER_HOST", "ROCK_KUBERNETES_HOST", "ROCK_KUBERNETES_PORT"} | {"DOCKER_HOST"} | cluster
 

@@ -379,10 +379,10 @@ class Settings:
     gateway_orphan: float = 10.0
     ui: str = "on"
     audit_days: float = 90.0
-    # of one of several rocklet processes of a server: its number, their number, and the home of the server
-    process: int = 0
-    share: int = 1
-    server_home: Path | None = None
+    # of one of several rocklet processes of a server, set by that server: its number, their number, the server's home
+    process: int = field(default=0, metadata={"internal": True})
+    share: int = field(default=1, metadata={"internal": True})
+    server_home: Path | None = field(default=None, metadata={"internal": True})
 
     @property
     def archive_dir(self) -> Path:
