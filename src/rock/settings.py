@@ -18,7 +18,7 @@ running operations when the server in front of it is gone |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | listening address of the server |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
 | ROCK_SANDBOX_LIMIT | 0 | maximum concurrent sandboxes on this machine; 0: as memory and file descriptors permit |
-| ROCK_PROCESSES | 0 | rocklet processes of this machine (--workers); 0: one below 4 CPUs, else CPUs/4, 2 to 32 |
+| ROCK_PROCESSES | 0 | rocklet processes of this machine (--workers); 0: one below 16 CPUs, else CPUs/8, at most 32 |
 | ROCK_UI | on | off: no web page, and no route below /ui |
 | ROCK_AUDIT_DAYS | 90 | retention of the audit log in days; 0 keeps no log |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |

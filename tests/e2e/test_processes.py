@@ -208,7 +208,7 @@ def test_another_program_cannot_join_as_a_process(pair: RunningServer, url: str)
 
 
 def test_numbers_and_names() -> None:
-    assert [usual_count(cpus) for cpus in (1, 2, 3, 4, 8, 16, 64, 192)] == [1, 1, 1, 2, 2, 4, 16, 32]
+    assert [usual_count(cpus) for cpus in (1, 2, 4, 8, 16, 64, 192, 512)] == [1, 1, 1, 1, 2, 8, 24, 32]
     assert [number_of(name_of(number)) for number in range(3)] == [0, 1, 2]
     assert [number_of(name) for name in ("local-01", "local-x", "other", "local-")] == [None] * 4
 

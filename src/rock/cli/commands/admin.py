@@ -54,7 +54,7 @@ def admin() -> None:
 @click.option("--env", default="local", help="Accepted for ROCK's command line; local is the only one.")
 @click.option("--role", help="all, write (or admin), or read (or proxy); the last two have no sandboxes here.")
 @click.option("--workers", type=click.IntRange(1, 64),
-              help="Rocklet processes of this machine; by default 1, from 4 CPUs on a quarter of them.")  # fmt: skip
+              help="Rocklet processes of this machine; by default one for 8 CPUs, and at least 1.")  # fmt: skip
 @click.option("--tls-cert", metavar="FILE", help="Serve TLS with this certificate chain, in PEM.")
 @click.option("--tls-key", metavar="FILE", help="Key of the certificate, in PEM.")
 @click.option("--foreground", is_flag=True, help="Stay in the foreground, and log to the terminal.")

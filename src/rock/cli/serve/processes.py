@@ -67,7 +67,7 @@ def count_of(settings: Settings) -> int:
 
 def usual_count(cpus: int) -> int:
     """The number of processes for a number of CPUs, unless one is set."""
-    return 1 if cpus < 4 else min(_MOST, max(2, cpus // 4))
+    return max(1, min(_MOST, cpus // 8))
 
 
 def name_of(number: int) -> str:
