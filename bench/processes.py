@@ -19,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from hosted import IMAGE, raise_file_limit, server, tree
+from hosted import IMAGE, memory, raise_file_limit, server, tree
 
 from rock.sdk import Sandbox, SandboxConfig
 from rock.sync import Client
@@ -71,12 +71,6 @@ def used(pids: list[int]) -> dict[int, float]:
     return found
 
 
-def memory(pids: list[int]) -> float:
-    """Proportional memory in MB of processes."""
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1000
-
-
 def measure(url: str, servers: list[int], kind: str, seconds: float, at_once: int, runtime: str) -> tuple[float, ...]:
     """Operations per second, CPU milliseconds of the server for each, and the share of its busiest process."""
     command = [sys.executable, __file__, "--load", kind, "--url", url, "--seconds", str(seconds), "--at-once",
@@ -119,7 +113,7 @@ def main() -> None:
         for number in given.processes:
             with server(ROCK_PROCESSES=str(number), ROCK_POOL_SIZE="0") as (url, pid, _), Client(url):
                 pids = tree(pid)
-                sizes[number] = memory(pids)
+                sizes[number] = sum(map(memory, pids)) / 1e6
                 for kind, at_once in (("commands", 32), ("cycles", 8)):
                     rows[number, kind].append(measure(url, pids, kind, given.seconds, at_once, given.runtime))
     for kind in ("commands", "cycles"):

@@ -24,7 +24,7 @@ def take_inventory(home: Path, pid: int) -> Inventory:
     found = [*_mounts(home)]
     for one in homes(home):
         found += [*_folders(one), *_cgroups(one)]
-    members = _members(pid)
+    members = members_of(pid)
     for server in (pid, *members):
         found += [*_processes(server, members), *_files(server)]
     return Inventory(frozenset(found))
@@ -35,7 +35,7 @@ def homes(home: Path) -> list[Path]:
     return [home, *sorted((home / "processes").glob("[1-9]*"))]
 
 
-def _members(server: int) -> list[int]:
+def members_of(server: int) -> list[int]:
     """The rocklet processes of a server that has several."""
     found = []
     children = Path(f"/proc/{server}/task/{server}/children")

@@ -8,8 +8,9 @@
 # minutes of two cores, and 3 GB while it builds. `run` ends both programs when the command ends.
 set -eu
 
-MIRROR=${ROCK_DEBIAN_MIRROR:-http://deb.debian.org/debian}
 SUITE=bookworm # the last one with kube-apiserver in its source package
+# By default the mirror from which this machine installs packages of that release.
+MIRROR=${ROCK_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' "Codename: $SUITE" 2> /dev/null | head -n 1)}
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
 fail() {
@@ -27,6 +28,7 @@ build() {
     for program in apt-get dpkg make gcc tar; do
         command -v "$program" > /dev/null || fail "$program is missing; install it, or build on a Debian machine"
     done
+    [ -n "$MIRROR" ] || fail "no Debian mirror is known: set ROCK_DEBIAN_MIRROR to the URL of one"
     mkdir -p "$folder/apt/lists/partial" "$folder/apt/cache/archives/partial" "$folder/packages" "$folder/root" \
         "$folder/bin" "$folder/home"
     printf 'deb [signed-by=%s] %s %s main\ndeb-src [signed-by=%s] %s %s main\n' \

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import IMAGE, RunningServer, give_image
+from tests.leaks import members_of
 from tests.waiting import until
 
 from rock.cli.serve.processes import count_of, name_of, number_of, usual_count
@@ -46,15 +47,6 @@ def worker_of(sandbox: Sandbox) -> str:
     return sandbox.info().worker or ""
 
 
-def processes(server: RunningServer) -> list[int]:
-    """The children of a server that are rocklets."""
-    found = []
-    for pid in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split():
-        if b"rock.cli.serve.member" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            found.append(int(pid))
-    return sorted(found)
-
-
 def stop_server(server: RunningServer) -> None:
     """Stop the server, and leave its sandboxes."""
     assert server.process is not None
@@ -65,7 +57,7 @@ def stop_server(server: RunningServer) -> None:
 def process_of(server: RunningServer, number: int) -> int:
     """The pid of a process: the one that listens at its socket holds its lock."""
     name = str(server.home / "processes" / str(number) / "server.lock")
-    for pid in processes(server):
+    for pid in members_of(server.pid):
         for fd in os.listdir(f"/proc/{pid}/fd"):
             try:
                 if os.readlink(f"/proc/{pid}/fd/{fd}") == name:
@@ -141,14 +133,14 @@ def test_a_killed_server_takes_its_processes_along_and_the_next_one_finds_all(
     sandboxes = make(server, 4)
     for number, sandbox in enumerate(sandboxes):
         sandbox.arun(f"x={number}")
-    before = processes(server)
+    before = members_of(server.pid)
     assert len(before) == 2
     server.kill()
     server.start()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before))
     for number, sandbox in enumerate(sandboxes):
         assert again(server, sandbox).arun("echo $x").output == f"{number}\n"
-    after = processes(server)
+    after = members_of(server.pid)
     assert len(after) == 2
     stop_server(server)
     assert not any(Path(f"/proc/{pid}").exists() for pid in after)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from rock.testing.kubernetes import FakeCluster
 from rock.testing.kubernetes.nodes import SETS
 from tests.cluster.machines import KEY, server
 from tests.conftest import RunningServer
+from tests.kubernetes.test_drain import metric
 from tests.kubernetes.test_pods_at_scale import worker_pods
 from tests.waiting import until
 
@@ -34,14 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeCluste
         cluster.create(body, "boxes")
         yield cluster, front
         front.stop()
-
-
-def metric(front: RunningServer, name: str) -> float:
-    request = urllib.request.Request(f"{front.url}/metrics", headers={"authorization": f"Bearer {KEY}"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        found = re.search(rf"^{name} (\S+)$", answer.read().decode(), re.MULTILINE)
-    assert found is not None, name
-    return float(found[1])
 
 
 def scale(cluster: FakeCluster, replicas: int) -> None:

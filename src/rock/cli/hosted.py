@@ -11,10 +11,9 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 
 from rock.cli.output import status_of
-from rock.cli.serve.serve import Rocklet, run_server
+from rock.cli.serve.serve import Rocklet, run_server, when_input_ends
 from rock.settings import Settings
 
 _ENDING = 30.0  # seconds for its sandboxes to end
@@ -31,12 +30,7 @@ class Hosted(Rocklet):
         def begin() -> None:
             self._end = asyncio.create_task(self._over(), name="host gone")
 
-        def watch() -> None:
-            while os.read(0, 4096):
-                pass
-            loop.call_soon_threadsafe(begin)
-
-        threading.Thread(target=watch, daemon=True, name="host").start()
+        when_input_ends(lambda: loop.call_soon_threadsafe(begin))
 
     async def _over(self) -> None:
         self.node.lose("the program that hosted its worker is gone")

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -36,6 +36,12 @@ Model = TypeVar("Model", bound=BaseModel)
 MAX_BODY = 64 << 20
 JSON_OBJECT = "send a JSON object with content-type application/json"  # hint of errors
 log = logging.getLogger("rock.wire")
+
+
+def of_connection(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """The lower-case names of headers that a message declares, by Connection, as those of its connection."""
+    named = [value for name, value in headers if name.lower() == b"connection"]
+    return frozenset(word.strip().lower() for value in named for word in value.split(b","))
 
 
 class Disconnected(Exception):

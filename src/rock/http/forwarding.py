@@ -19,7 +19,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ import httptools
 
 from rock.errors import InvalidConfig, Unavailable
 from rock.http import relay, unix
-from rock.http.asgi import Receive, Scope, Send, deny, failure
+from rock.http.asgi import Receive, Scope, Send, deny, failure, of_connection
 from rock.http.relay import Ids
 from rock.protocol.routes import CALL, OUTAGE, ROUTES, SENT, UNSENT
 
@@ -42,14 +42,14 @@ _END = b"0\r\n\r\n"
 _CALL = CALL.encode()
 _CANCELS = (0.0, 0.2, 1.0, 3.0)  # pauses, in seconds, before each attempt to cancel a call
 _QUIET = 3.0  # seconds without a response after which a worker is probed, and timeout of a probe; two in a row may fail
-log = logging.getLogger("rock.proxy")
-
 _HEALTH = ROUTES["health"].path
 _DESCRIBES_BODY = frozenset({b"content-length", b"content-type", b"idempotency-key", _CALL})
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"expect",
                          b"proxy-connection"})  # fmt: skip
 _OUTSIDE, _FOR = b"x-forwarded-host", b"x-forwarded-for"
 _NEEDED = frozenset({b"host", b"content-length", b"content-type", b"authorization", _CALL})  # no client removes these
+
+log = logging.getLogger("rock.proxy")
 
 
 class Broken(Exception):
@@ -238,6 +238,7 @@ class RemoteApp:
         own = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
         self._own = [(b"host", parts.netloc.rpartition("@")[2].encode()), *own]
         self._names = frozenset(name for name, _ in self._own)
+        self._dropped = _HOP_BY_HOP | self._names | {_FOR, _CALL}
         self._idle: list[ClientConnection] = []
         self._busy: set[ClientConnection] = set()
         self._sockets: set[asyncio.Task[None]] = set()
@@ -328,8 +329,8 @@ class RemoteApp:
 
     def _kept(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         headers = scope["headers"]
-        drop = _HOP_BY_HOP | self._names | _named_hop_by_hop(headers) | {_FOR}
-        kept = [header for header in headers if header[0] not in drop and header[0] != _CALL] + self._own
+        drop = self._dropped | (of_connection(headers) - _NEEDED)
+        kept = [header for header in headers if header[0] not in drop] + self._own
         if all(name != _OUTSIDE for name, _ in headers):  # the name by which the client knows this server
             kept += [(_OUTSIDE, value) for name, value in headers if name == b"host"][:1]
         chain = [value for name, value in headers if name == _FOR]
@@ -368,7 +369,7 @@ class RemoteApp:
             finally:
                 self._waiting.pop(connection, None)
             begun = True
-            drop = _HOP_BY_HOP | _named_hop_by_hop(connection.headers)
+            drop = _HOP_BY_HOP | (of_connection(connection.headers) - _NEEDED)
             headers = [header for header in connection.headers if header[0] not in drop]
             await send({"type": "http.response.start", "status": connection.status, "headers": headers})
             async with contextlib.aclosing(connection.pieces()) as pieces:
@@ -536,12 +537,6 @@ async def first_reached(remotes: Sequence[RemoteApp]) -> RemoteApp:
         if await remote.is_reached():
             return remote
     return remotes[-1]
-
-
-def _named_hop_by_hop(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
-    """The headers that a message declares as those of its connection."""
-    return frozenset(part.strip().lower() for name, value in headers if name == b"connection"
-                     for part in value.split(b",")) - _NEEDED  # fmt: skip
 
 
 def _chunk(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Unix sockets of servers in private folders, and passing of connections between processes.
+"""Unix sockets of servers in private folders.
 
 The path of a Unix socket is limited to 107 bytes. A folder of any depth is reached through /proc/self/fd.
 """

@@ -16,7 +16,17 @@ from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
 from rock.errors import InvalidConfig, PortFailed, PortTimeout, no_such_route
-from rock.http.asgi import Answer, Disconnected, Receive, Request, Router, Send, SocketHandler, answer_model
+from rock.http.asgi import (
+    Answer,
+    Disconnected,
+    Receive,
+    Request,
+    Router,
+    Send,
+    SocketHandler,
+    answer_model,
+    of_connection,
+)
 from rock.http.event_loop import BUDGET, rounds
 from rock.http.relay import CLOSE_WITHIN, HANDSHAKE_WITHIN, connection_to, inward, outward, plain_headers, race
 from rock.protocol.routes import ANSWER_WITHIN, ERROR_CODE, HANDED_ON, OTHER_KEY, ROUTES
@@ -80,10 +90,7 @@ def target_of(request: Request) -> Target:
 
 def _kept(headers: Headers, *more: set[bytes]) -> Headers:
     """The headers that are not hop-by-hop."""
-    drop = set().union(_HOP_BY_HOP, *more)
-    for name, value in headers:
-        if name.lower() == b"connection":
-            drop |= {word.strip().lower() for word in value.split(b",")}
+    drop = of_connection(headers).union(_HOP_BY_HOP, *more)
     return [(name, value) for name, value in headers if name.lower() not in drop]
 
 

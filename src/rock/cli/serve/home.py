@@ -115,6 +115,11 @@ class Home:
         if self._lock is not None:
             self.note.unlink(missing_ok=True)
             (self.folder / OWNER_KEY).unlink(missing_ok=True)
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Release the lock only. Idempotent."""
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 

@@ -12,14 +12,13 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from rock import faults
 from rock.cli.serve.home import Home
 from rock.cli.serve.processes import socket_in
-from rock.cli.serve.serve import Rocklet, http_over, prepare_process, run, stop_on_signals
+from rock.cli.serve.serve import Rocklet, http_over, prepare_process, run, stop_on_signals, when_input_ends
 from rock.errors import Conflict, RockError, ServerError
 from rock.http import unix
 from rock.http.middleware import dropping
@@ -55,9 +54,7 @@ class MemberHome(Home):
                 await asyncio.sleep(_LOOK)
 
     def release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self.unlock()
 
 
 async def serve(settings: Settings) -> None:
@@ -80,7 +77,7 @@ async def serve(settings: Settings) -> None:
             rocklet.let_go()
 
         with stop_on_signals(http, drain):
-            _follow_server()
+            when_input_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # the sandboxes continue
             gc.freeze()
             gc.enable()
             _say({"pid": os.getpid()})
@@ -90,24 +87,14 @@ async def serve(settings: Settings) -> None:
         listener.close()
 
 
-def _follow_server() -> None:
-    """End this process when the server has ended. The sandboxes continue, for the next one."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="server").start()
-
-
 def _say(line: dict[str, object]) -> None:
     os.write(1, json.dumps(line, default=repr).encode() + b"\n")
 
 
 def main() -> int:
     gc.disable()
-    fields: dict[str, Any] = json.loads(_line())
+    with open(0, "rb", buffering=0, closefd=False) as server:  # unbuffered: the rest is for `when_input_ends`
+        fields: dict[str, Any] = json.loads(server.readline())
     fields |= {name: Path(fields[name]) for name in ("home", "server_home")}
     settings = Settings(**fields)
     set_up_logs(settings.log_level, settings.log_dir, settings.log_format, f"process-{settings.process}.log")
@@ -122,17 +109,6 @@ def main() -> int:
                          hint="look into its log in ROCK_HOME/logs").to_wire())  # fmt: skip
         return 1
     return 0
-
-
-def _line() -> bytes:
-    """The first line of standard input, without reading more than it."""
-    found = bytearray()
-    while not found.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            break
-        found += byte
-    return bytes(found)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ async def forget(settings: Settings, workers: Workers, count: int) -> None:
     """Remove processes that will not run: their folders, and their rows in the registry. With one process, the server
     itself has the sandboxes of the first one."""
     folder = settings.home / PROCESSES
+    if not folder.exists():
+        return  # this server never had several
     for info in await workers.list():
         number = number_of(info.name)
         if number is not None and (number >= count or count == 1):

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from functools import partial
@@ -548,6 +549,17 @@ def spare_collections() -> None:
     each 700 objects took a tenth of the server's time."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def when_input_ends(act: Callable[[], object]) -> None:
+    """Call a function, in a thread, when standard input ends: the program that started this process has ended."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        act()
+
+    threading.Thread(target=watch, daemon=True, name="input").start()
 
 
 def _raise_file_limit() -> None:

@@ -150,8 +150,7 @@ class ShellProcess:
         self._adopt(await runtime.attach(handle, KEY + self.spec.session))
 
     def _adopt(self, process: Process) -> None:
-        dialect = self.shell.dialect
-        if process.stdout is None or dialect.status not in process.channels:  # it has ended, and pid 1 has closed them
+        if process.stdout is None or self.shell.dialect.status not in process.channels:  # ended: pid 1 has closed them
             process.close()
             raise SessionClosed(f"the shell of session {self.spec.session} has ended", hint="open a new session")
         self.process = process
