@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from rock.runtime.base import Process
-from rock.runtime.namespace.processes import address_space
+from rock.runtime.namespace.processes import address_space, capture
+from rock.runtime.namespace.processes.address_space import Range
 from tests.runtime.boxes import Box, run
 from tests.runtime.test_copied_processes import A, ask, attached, child, end, program, template
 from tests.runtime.test_frozen_files import LIVE, forking
@@ -321,3 +324,97 @@ def test_ranges_within_a_mapping() -> None:
     assert address_space.within(pages, one) == [(0x3000, 0x4000), (0x5000, 0x6000)]
     assert address_space.within([], one) == [] and address_space.within([(0x7000, 0x8000)], one) == []
     assert os.getpid() and asyncio.iscoroutinefunction(copied)
+
+
+# ---- memory that is prepared before the processes stop ----
+
+
+@pytest.mark.parametrize(
+    ("ranges", "others", "left"),
+    [
+        ([(0, 4)], [], [(0, 4)]),
+        ([(0, 4)], [(0, 4)], []),
+        ([(0, 9)], [(2, 3), (5, 7)], [(0, 2), (3, 5), (7, 9)]),
+        ([(0, 2), (4, 6), (8, 9)], [(1, 5)], [(0, 1), (5, 6), (8, 9)]),
+        ([(2, 4)], [(0, 1), (3, 8)], [(2, 3)]),
+    ],
+)
+def test_a_difference_of_ranges(ranges: list[Range], others: list[Range], left: list[Range]) -> None:
+    assert address_space.without(ranges, others) == left
+
+
+def resident(memory: capture.Reserved) -> int:
+    """Bytes of memory that this process has there."""
+    found = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = start < memory.address + memory.size and memory.address < end
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
+
+
+WRITES = """import ctypes, mmap, sys
+area = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+libc = ctypes.CDLL(None)
+where = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(area)))
+def write(step, count):
+    for place in range(0, count * step, step): area[place] = 1
+write(2 << 20, 32)
+for line in sys.stdin.buffer:
+    print(exec(line), flush=True)
+"""
+
+
+@copying
+def test_scattered_pages_do_not_take_whole_huge_pages() -> None:
+    with subprocess.Popen(["python3", "-c", WRITES], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None and guest.stdout is not None
+        guest.stdin.write(b"pass\n")
+        guest.stdin.flush()
+        guest.stdout.readline()
+        made = capture.Prepared([guest.pid], 1 << 30)
+        assert made.memory is not None
+        assert resident(made.memory) < 40 << 20  # 32 of its pages are 2 MiB apart
+        made.close()
+        made.close()
+        guest.stdin.close()
+
+
+@copying
+def test_prepared_memory_fits_what_the_process_has_when_it_stops() -> None:
+    with subprocess.Popen(["python3", "-c", WRITES], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None and guest.stdout is not None
+
+        def do(code: bytes) -> None:
+            assert guest.stdin is not None and guest.stdout is not None
+            guest.stdin.write(code + b"\n")
+            guest.stdin.flush()
+            guest.stdout.readline()
+
+        def now(prepared: capture.Prepared | None) -> capture.Pages:
+            return capture.Pages({guest.pid: address_space.mappings(guest.pid)}, 1 << 30, prepared)
+
+        do(b"write(4096, 16384)")
+        same = capture.Prepared([guest.pid], 1 << 30)
+        memory = same.memory
+        pages = now(same)
+        assert pages.memory is memory and same.memory is None
+        assert pages.bytes >= 64 << 20
+        pages.close()
+
+        less = capture.Prepared([guest.pid], 1 << 30)
+        do(b"libc.madvise(where, 32 << 20, 4)")
+        pages = now(less)
+        assert pages.bytes - (1 << 20) < resident(pages.memory) < pages.bytes + (1 << 20)  # the rest is released
+        pages.close()
+        less.close()
+
+        more = capture.Prepared([guest.pid], 1 << 30)
+        do(b"other = mmap.mmap(-1, 128 << 20, 34); other[0] = 1")
+        pages = now(more)
+        assert more.memory is not None and pages.memory is not more.memory  # too small
+        pages.close()
+        more.close()
+        guest.stdin.close()

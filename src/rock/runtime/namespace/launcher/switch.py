@@ -64,14 +64,14 @@ def _stop(stopped: ptrace.Stopped, first: int, end: float) -> None:
     """Stop every process of the sandbox, parents first, until none is new."""
     try:
         stopped.seize([first], end)
-        while stopped.seize(_children(stopped.pids), end):
+        while stopped.seize(descendants(stopped.pids), end):
             if time.monotonic() > end:
                 raise ptrace.NotStopped("new processes appear faster than they can be stopped")
     except ptrace.NotStopped as error:
         raise Refused(str(error)) from None
 
 
-def _children(pids: Sequence[int]) -> list[int]:
+def descendants(pids: Sequence[int]) -> list[int]:
     """The living children of these processes, and of those in turn."""
     found, known = list[int](), set(pids)
     for pid in (todo := list(pids)):

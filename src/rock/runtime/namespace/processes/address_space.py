@@ -125,6 +125,24 @@ def within(pages: Sequence[Range], mapping: Mapping) -> list[Range]:
     return found
 
 
+def without(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
+    """The parts of sorted ranges that lie in none of the others, which are sorted too."""
+    found: list[Range] = []
+    index = 0
+    for start, end in ranges:
+        while index < len(others) and others[index][1] <= start:
+            index += 1
+        place = index
+        while start < end and place < len(others) and others[place][0] < end:
+            if start < others[place][0]:
+                found.append((start, others[place][0]))
+            start = others[place][1]
+            place += 1
+        if start < end:
+            found.append((start, end))
+    return found
+
+
 def free_range(size: int, taken: Iterable[Range]) -> int:
     """The address of a range of `size` bytes that touches none of these. TooMany."""
     address = _LOWEST

@@ -7,6 +7,7 @@ The processes stay as they were: an injected call only reads. Standard library o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -27,6 +28,8 @@ _BY_ADDRESS = ("death_signal", "subreaper", "tid_address")
 _TIMERS = (0, 1, 2)
 _BATCH = 512  # ranges of one process_vm_readv
 _PORTION = 64 << 20  # bytes of one
+HUGE = 2 << 20  # bytes of a huge page
+_HUGEPAGE, _NOHUGEPAGE, _POPULATE_WRITE = 14, 15, 23  # of madvise
 _libc = ctypes.CDLL(None, use_errno=True)
 _readv = _libc.process_vm_readv
 _readv.restype = ctypes.c_ssize_t
@@ -61,12 +64,12 @@ def inspect(stopped: ptrace.Stopped, first: int,
 
 
 def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str, object]], most: int,
-            check: Callable[[], None]) -> tuple[state.Tree, Pages]:
+            check: Callable[[], None], prepared: Prepared | None = None) -> tuple[state.Tree, Pages]:
     """The state of all stopped processes but pid 1, `first`, and their pages. most: bytes of pages. check: raises when
-    the time is over. Refused, TooLarge, OSError; all processes are then as before."""
+    the time is over. prepared: memory for the pages. Refused, TooLarge, OSError; all processes are then as before."""
     found, known = inspect(stopped, first, programs)
     check()
-    pages = Pages(found.processes, most)
+    pages = Pages({one.outside: one.mappings for one in found.processes}, most, prepared)
     try:
         processes = []
         for one in found.processes:
@@ -220,32 +223,35 @@ def _ids(pid: int, status: Mapping[str, str]) -> list[int]:
 # ---- pages ----
 
 
-class Pages:
-    """The own pages of several processes in this process's memory: one range, with a slot for each anonymous mapping
-    that has such pages, and one for the other pages of a process.
+class Layout:
+    """Where the own pages of several processes are in one range of memory: a slot for each anonymous mapping that has
+    such pages, and one for the other pages of a process.
 
-    runs: by process outside. parked: the slots of mappings, by process and start.
+    runs: by process outside. hidden: of these, the ones that the process itself cannot read. size: of the range. bytes:
+    of the pages.
     """
 
-    def __init__(self, found: Sequence[Found], most: int) -> None:
-        """TooLarge, OSError, address_space.TooMany."""
+    def __init__(self, spaces: Mapping[int, Sequence[address_space.Mapping]], most: int) -> None:
+        """spaces: the mappings of each process. TooLarge, OSError."""
         self.runs: dict[int, list[state.Run]] = {}
-        self._hidden: dict[int, list[state.Run]] = {}  # those that the process itself cannot read
+        self.hidden: dict[int, list[state.Run]] = {}
         self.size = self.bytes = 0
-        for one in found:
-            self._place(one)
+        self.spaces = [(one.start, one.end) for mappings in spaces.values() for one in mappings]
+        for pid, mappings in spaces.items():
+            self._place(pid, mappings)
             if self.bytes > most:
                 raise TooLarge(f"the processes have more than {most >> 20} MiB of memory of their own")
-        self.memory = reserve(self.size, [(each.start, each.end) for one in found for each in one.mappings])
 
-    def _place(self, one: Found) -> None:
-        pages = address_space.own_pages(one.outside)
-        runs, hidden = self.runs.setdefault(one.outside, []), self._hidden.setdefault(one.outside, [])
-        for mapping in one.mappings:
+    def _place(self, pid: int, mappings: Sequence[address_space.Mapping]) -> None:
+        pages = address_space.own_pages(pid)
+        runs, hidden = self.runs.setdefault(pid, []), self.hidden.setdefault(pid, [])
+        for mapping in mappings:
             mine = address_space.within(pages, mapping)
             if not mine or mapping.is_special:
                 continue
             whole = state.is_parked(mapping)
+            if whole and mapping.size >= HUGE:
+                self.size += (mapping.start - self.size) % HUGE  # huge pages can be moved there undivided
             for start, end in mine:
                 place = self.size + start - mapping.start if whole else self.size
                 runs.append(state.Run(start, end, place))
@@ -256,6 +262,56 @@ class Pages:
                     self.size += end - start
             if whole:
                 self.size += mapping.size
+
+    def places(self) -> list[Range]:
+        """The pages in the range, in order."""
+        return [(run.place, run.place + run.end - run.start) for runs in self.runs.values() for run in runs]
+
+
+class Prepared:
+    """Memory for the pages of processes that still run, so that the kernel assigns it before they stop. The processes
+    may change meanwhile."""
+
+    def __init__(self, pids: Sequence[int], most: int) -> None:
+        """TooLarge, TooMany, OSError."""
+        layout = Layout({pid: address_space.mappings(pid) for pid in pids}, most)
+        self.memory: Reserved | None = reserve(layout.size, layout.spaces)
+        self._places = layout.places()
+        try:
+            self.memory.fill(self._places)
+        except OSError:
+            self.close()
+            raise
+
+    def take(self, layout: Layout) -> Reserved | None:
+        """The memory, for this layout; None if it does not fit. It is then released by the caller."""
+        memory = self.memory
+        if memory is None or memory.size < layout.size or memory.touches(layout.spaces):
+            return None
+        for start, end in address_space.without(self._places, layout.places()):
+            memory.drop(start, end)
+        self.memory = None
+        return memory
+
+    def close(self) -> None:
+        """Release the memory if it was not used. Idempotent."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+
+
+class Pages:
+    """The own pages of several processes in this process's memory. runs: by process outside."""
+
+    def __init__(self, spaces: Mapping[int, Sequence[address_space.Mapping]], most: int,
+                 prepared: Prepared | None = None) -> None:
+        """TooLarge, OSError, address_space.TooMany."""
+        layout = Layout(spaces, most)
+        self.runs, self._hidden, self.size, self.bytes = layout.runs, layout.hidden, layout.size, layout.bytes
+        memory = prepared.take(layout) if prepared is not None else None
+        self.memory = memory or reserve(layout.size, layout.spaces)
+        if memory is None:
+            self.memory.favour_huge(layout.places())
 
     def read(self, check: Callable[[], None]) -> None:
         """Copy the pages from the stopped processes. check: called after each portion. OSError."""
@@ -331,6 +387,35 @@ class Reserved:
         """The address of `ROOM` bytes for the table and its data; behind it as many stay free."""
         return self.address - 2 * self.ROOM
 
+    def favour_huge(self, places: Sequence[Range]) -> None:
+        """Allow huge pages where these fill them: elsewhere, one page would take the memory of 512."""
+        for start, end in places:
+            first, last = -(-start // HUGE) * HUGE, end // HUGE * HUGE
+            if first < last:
+                with contextlib.suppress(OSError):  # a kernel without them
+                    advise(self.address + first, last - first, _HUGEPAGE)
+
+    def fill(self, places: Sequence[Range]) -> None:
+        """Have the kernel assign memory to these pages. OSError."""
+        self.favour_huge(places)
+        for start, end in places:
+            advise(self.address + start, end - start, _POPULATE_WRITE)
+        self.keep_shared()
+
+    def keep_shared(self) -> None:
+        """Huge pages are not made later: in a copy they would replace pages that it shares."""
+        with contextlib.suppress(OSError):
+            advise(self.address, self.size, _NOHUGEPAGE)
+
+    def drop(self, start: int, end: int) -> None:
+        """Release pages. OSError."""
+        advise(self.address + start, end - start, mmap.MADV_DONTNEED)
+
+    def touches(self, spaces: Sequence[Range]) -> bool:
+        """Whether one of these ranges has addresses of the memory or of the room."""
+        first, last = self.room - PAGE, self.address + self.size + PAGE
+        return any(start < last and end > first for start, end in spaces)
+
     def view(self, place: int, length: int) -> memoryview:
         return memoryview((ctypes.c_char * length).from_address(self.address + place)).cast("B")
 
@@ -342,8 +427,8 @@ def reserve(size: int, taken: Sequence[Range]) -> Reserved:
     """Reserve memory and a room, away from these ranges and from all of this process. TooMany, OSError."""
     own = [(one.start, one.end) for one in address_space.mappings(os.getpid())]
     size = max(PAGE, size)
-    start = address_space.free_range(size + 2 * Reserved.ROOM, [*own, *taken])
-    address = start + 2 * Reserved.ROOM
+    start = address_space.free_range(size + 2 * Reserved.ROOM + HUGE, [*own, *taken])
+    address = -(-(start + 2 * Reserved.ROOM) // HUGE) * HUGE
     map_fixed(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
     return Reserved(address, size)
 

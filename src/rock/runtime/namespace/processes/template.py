@@ -25,6 +25,7 @@ from rock.runtime.namespace.launcher import kernel, ptrace, seccomp, switch
 from rock.runtime.namespace.processes import capture, rebuild, starting, state, traced
 from rock.runtime.namespace.processes.address_space import TooMany
 from rock.runtime.namespace.processes.capture import Reserved
+from rock.runtime.namespace.processes.inventory import MOST_PROCESSES
 
 _PATIENCE = 10.0  # seconds in which the state and the pages have to be taken
 _BUFFER = 1 << 17
@@ -99,12 +100,18 @@ class Template:
             if request["dry"]:
                 capture.inspect(stopped, request["pid"], request["programs"])
                 raise capture.Refused
-            taken.append(capture.capture(stopped, request["pid"], request["programs"], request["most"], check))
+            taken.append(capture.capture(stopped, request["pid"], request["programs"], request["most"], check,
+                                         prepared))  # fmt: skip
             if os.getppid() != self._launcher:  # the server will not record a switch
                 raise capture.Refused("the launcher has ended")
 
-        with _lock(request["slot"]):
-            reply = self._switch(request, between)
+        prepared = None if request["dry"] else _prepared(request["pid"], request["most"])
+        try:
+            with _lock(request["slot"]):
+                reply = self._switch(request, between)
+        finally:
+            if prepared is not None:
+                prepared.close()
         tree, pages = taken[0]
         folder = request["frozen"]
         try:
@@ -117,6 +124,7 @@ class Template:
                 "keys": [one.key for one in tree.programs]}
 
     def _hold(self, tree: state.Tree, memory: Reserved) -> None:
+        memory.keep_shared()
         traced.prepare_room(memory)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         self._tree, self._memory = tree, memory
@@ -125,6 +133,7 @@ class Template:
         """Read the state of an earlier template. Damaged, OSError."""
         tree = state.read(folder)
         memory = capture.reserve(tree.size, [(each.start, each.end) for one in tree.processes for each in one.mappings])
+        memory.favour_huge([(run.place, run.place + run.end - run.start) for one in tree.processes for run in one.runs])
         read_pages(f"{folder}/{state.PAGES}", tree, memory)
         self._hold(tree, memory)
 
@@ -164,6 +173,16 @@ class Template:
             entrant.close()
             _reap()
         return {"started": len(made), "seconds": time.monotonic() - began}
+
+
+def _prepared(first: int, most: int) -> capture.Prepared | None:
+    """Memory for the processes below pid 1, which still run. None if it cannot be prepared: the pause is then longer,
+    and a real problem is found in it."""
+    try:
+        pids = switch.descendants([first])
+        return capture.Prepared(pids, most) if len(pids) <= MOST_PROCESSES else None
+    except (capture.TooLarge, TooMany, OSError, ValueError):
+        return None
 
 
 @contextlib.contextmanager
