@@ -31,8 +31,9 @@ TEMPLATES = {
 class World:
     """A cluster and a server that makes pods in it."""
 
-    def __init__(self, folder: Path, runs: Any = "fake", nodes: Any = 2, **settings: str) -> None:
-        self.cluster = FakeCluster(nodes, runs)
+    def __init__(self, folder: Path, runs: Any = "fake", nodes: Any = 2, processes: int = 0,
+                 **settings: str) -> None:
+        self.cluster = FakeCluster(nodes, runs, processes=processes)
         self.folder = folder
         self._settings = settings
         self.templates: dict[str, Any] = TEMPLATES

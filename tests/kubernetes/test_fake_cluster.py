@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -296,3 +299,37 @@ def test_a_token_is_required_and_read_again(tmp_path: Path) -> None:
             "clusters": [{"name": "c", "cluster": {"server": "http://x"}}], "users": [{"name": "u", "user": user}]}))
         with pytest.raises(Unsupported, match="starts no programs"):
             from_kubeconfig(tmp_path / "config")
+
+
+def test_rocklets_in_processes_of_their_own() -> None:
+    """They serve at the addresses of their pods, end with them, and end with their process."""
+    field = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+    container = {"name": "main", "image": "x:1", "env": [field, {"name": "ROCK_PORT", "value": "8090"}]}
+    with FakeCluster(1, "fake", processes=2) as cluster:
+        for name in "abc":
+            cluster.create({**pod(name), "spec": {"containers": [container], "terminationGracePeriodSeconds": 0}})
+        until(lambda: [one["status"].get("phase") for one in cluster.pods()] == ["Running"] * 3, 20, "pods")
+
+        def serves(name: str) -> bool:
+            address = cluster.pod(name)["status"]["podIP"]
+            try:
+                with socket.create_connection((address, 8090), timeout=5):
+                    return True
+            except ConnectionRefusedError:
+                return False
+
+        assert all(serves(name) for name in "abc")
+        hosts = [pid for pid in children() if b"kubernetes.hosts" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(hosts) == 2
+        cluster.run(cluster.nodes.fail(cluster.pod("b")))
+        assert cluster.pod("b")["status"]["phase"] == "Failed"
+        assert [serves(name) for name in "abc"] == [True, False, True]
+        os.kill(hosts[0], signal.SIGKILL)  # it had the first and the third
+        until(lambda: cluster.pod("a")["status"]["phase"] == "Failed", 20, "the end of a process is not reported")
+        assert cluster.pod("c")["status"]["phase"] == "Failed"
+    assert not set(hosts) & set(children())
+
+
+def children() -> list[int]:
+    """The processes that this one has started."""
+    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]

@@ -79,7 +79,8 @@ def test_a_burst_in_worker_mode_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    made = World(tmp_path_factory.mktemp("scale"), nodes={f"node-{n}": 5000 for n in range(1, 5)})
+    nodes = {f"node-{n}": 5000 for n in range(1, 5)}
+    made = World(tmp_path_factory.mktemp("scale"), nodes=nodes, processes=2 if FULL else 0)
     made.start()
     yield made
     made.heal()

@@ -16,6 +16,7 @@ import uvicorn
 
 from rock.cli.serve.serve import http_over, listen
 from rock.testing.kubernetes.api import ApiServer, Faults
+from rock.testing.kubernetes.hosts import Hosts
 from rock.testing.kubernetes.nodes import PODS, EmbeddedRocklet, Idle, Machine, Nodes, RockletProcess
 from rock.testing.kubernetes.objects import KINDS, Object, Objects, key_of
 
@@ -25,7 +26,8 @@ Runs = Literal["idle", "rocklet", "fake"]
 
 class FakeCluster:
     """A context manager. nodes: their number, or pods by node. runs: what is in a pod: nothing, a real rocklet, or one
-    with the fake runtime. start_seconds: of a pod. environment: more variables of real rocklets.
+    with the fake runtime. start_seconds: of a pod. processes: that run the rocklets with the fake runtime; 0 is the
+    thread of the cluster. environment: more variables of real rocklets.
 
     url: of the API server; kubeconfig: the path of a file with it. token: required as a bearer token; kubectl sends
     none over HTTP. Its methods may be called from any thread.
@@ -33,7 +35,7 @@ class FakeCluster:
 
     def __init__(
         self, nodes: int | dict[str, int] = 1, runs: Runs = "idle", *, start_seconds: float = 0.0, token: str = "",
-        faults: Faults | None = None, **environment: str,
+        faults: Faults | None = None, processes: int = 0, **environment: str,
     ) -> None:  # fmt: skip
         self.url = ""
         self.kubeconfig = ""
@@ -45,6 +47,7 @@ class FakeCluster:
         self._seconds = start_seconds
         self._token = token
         self._environment = environment
+        self._hosts = Hosts(processes) if processes else None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -124,6 +127,8 @@ class FakeCluster:
         home = Path(self._folder.name) / "pods" / str(pod["metadata"]["uid"])
         if self._runs == "idle":
             return Idle()
+        if self._runs == "fake" and self._hosts is not None:
+            return self._hosts.machine(home)
         if self._runs == "fake":
             return EmbeddedRocklet(home)
         return RockletProcess(home, **self._environment)
@@ -150,4 +155,6 @@ class FakeCluster:
             await self._http.serve(sockets=[listener])
         finally:
             await self.nodes.close()
+            if self._hosts is not None:
+                await self._hosts.close()
             listener.close()

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,7 +182,7 @@ class Nodes:
         self._make = make
         self._seconds = start_seconds
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by uid
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: dict[str, asyncio.Task[None]] = {}  # by uid
         self._addresses = itertools.count(2)
         self._network = 64 + os.getpid() % 128
         self._lost: set[str] = set()  # names of nodes
@@ -196,7 +196,7 @@ class Nodes:
     async def close(self) -> None:
         if self._loop_task is not None:
             self._loop_task.cancel()
-        tasks = [*self._tasks.values(), *self._ending]
+        tasks = [*self._tasks.values(), *self._ending.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *([self._loop_task] if self._loop_task else []), return_exceptions=True)
@@ -214,19 +214,16 @@ class Nodes:
     def _changed(self, event: str, kind: Kind, found: Object) -> None:
         if kind is PODS:
             uid = str(found["metadata"]["uid"])
-            if event != "DELETED" and found["metadata"].get("deletionTimestamp") and uid not in self._ended_uids():
-                task = asyncio.create_task(self._end(found), name=f"end-{uid}")
-                self._ending.add(task)
-                task.add_done_callback(self._ending.discard)
+            if event != "DELETED" and found["metadata"].get("deletionTimestamp") and uid not in self._ending:
+                self._finish(uid, self._end(found))
             elif event == "DELETED" and uid in self._tasks:  # by force
-                task = asyncio.create_task(self._kill(uid))
-                self._ending.add(task)
-                task.add_done_callback(self._ending.discard)
+                self._finish(f"{uid} by force", self._kill(uid))
         if kind in (PODS, NODES, DEPLOYMENTS, SETS):
             self._pending.set()
 
-    def _ended_uids(self) -> set[str]:
-        return {task.get_name().removeprefix("end-") for task in self._ending}
+    def _finish(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._ending[name] = task = asyncio.create_task(work, name=f"end-{name}")
+        task.add_done_callback(lambda _: self._ending.pop(name, None))
 
     async def _run(self) -> None:
         while True:
