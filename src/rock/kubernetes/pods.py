@@ -156,13 +156,15 @@ class PodReservations:
         if self._has_address(name, host):
             return
         event = self._joining_now.setdefault(name, asyncio.Event())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_WATCH_LAG):
-                while not self._has_address(name, host):
-                    event.clear()
-                    await event.wait()
-        if self._joining_now.get(name) is event:
-            del self._joining_now[name]
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WATCH_LAG):
+                    while not self._has_address(name, host):
+                        event.clear()
+                        await event.wait()
+        finally:
+            if self._joining_now.get(name) is event:
+                del self._joining_now[name]
         if not self._has_address(name, host):
             raise Unavailable(f"the address of pod {name} is not known yet, or another one",
                               hint="the rocklet tries again by itself")  # fmt: skip
