@@ -76,6 +76,8 @@ each sandbox, docs/guides/kubernetes.md |
 | ROCK_KUBERNETES_CONFIG | the service account | a kubeconfig, for a server outside of the cluster |
 | ROCK_KUBERNETES_NAMESPACE | the context's, else rock | the namespace of sandbox pods |
 | ROCK_KUBERNETES_INSTANCE | rock | a name of this installation; pods of others in the namespace are not touched |
+| ROCK_KUBERNETES_KIND | Pod | the kind of object by which a sandbox gets its pod: Pod, BatchSandbox, Sandbox or \
+SandboxClaim |
 | ROCK_KUBERNETES_QPS | 50 | requests per second to the API server, after a burst of twice as many |
 | ROCK_KUBERNETES_RESYNC | 60 | seconds between two lists of all pods, beside the watch |
 | ROCK_CAPACITY_WAIT | 0 | seconds that a create waits while no worker has capacity; 0 fails at once |
@@ -344,6 +346,7 @@ class Settings:
     kubernetes_config: str = ""
     kubernetes_namespace: str = ""
     kubernetes_instance: str = "rock"
+    kubernetes_kind: str = "Pod"
     kubernetes_qps: float = 50.0
     kubernetes_resync: float = 60.0
     kubernetes_unschedulable: float = 60.0
@@ -484,6 +487,7 @@ class Settings:
             ("kubernetes_config", str),
             ("kubernetes_namespace", str),
             ("kubernetes_instance", str),
+            ("kubernetes_kind", str),
             ("kubernetes_qps", float),
             ("kubernetes_resync", float),
             ("kubernetes_unschedulable", float),

@@ -25,6 +25,7 @@ from rock.http.asgi import App, Scope
 from rock.http.tunnels import Tunnels
 from rock.kubernetes.access import Access, from_kubeconfig, in_cluster
 from rock.kubernetes.client import Api
+from rock.kubernetes.kinds import kind_of
 from rock.kubernetes.pods import PodReservations, PodSettings
 from rock.kubernetes.templates import read_templates
 from rock.protocol.configuration import Configuration
@@ -99,7 +100,7 @@ def pods_of(settings: Settings, workers: WorkerRegistry) -> PodReservations:
     access = access_of(settings)
     made = PodSettings(settings.kubernetes_namespace or access.namespace or "rock", settings.advertise,
                        settings.worker_key, settings.kubernetes_instance, settings.kubernetes_unschedulable,
-                       settings.kubernetes_resync)  # fmt: skip
+                       settings.kubernetes_resync, kind_of(settings.kubernetes_kind))  # fmt: skip
     pods = PodReservations(Api(access, settings.kubernetes_qps),
                            read_templates(Path(settings.kubernetes_templates).expanduser()), made,
                            lambda name: workers.is_ready(name) and not workers.is_silent(name))  # fmt: skip

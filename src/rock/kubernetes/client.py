@@ -97,8 +97,8 @@ class Api:
         """Create an object. Conflict when the name exists. Unavailable may mean that it was created."""
         return await self._json("POST", path, body=body, tries=1)
 
-    async def get(self, path: str) -> Object:
-        return await self._json("GET", path)
+    async def get(self, path: str, tries: int = _TRIES) -> Object:
+        return await self._json("GET", path, tries=tries)
 
     async def delete(self, path: str, uid: str, grace: int | None = None, version: str = "") -> None:
         """Delete the object with this uid; nothing happens when it is gone. Conflict when another one has its name, or

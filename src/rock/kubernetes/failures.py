@@ -1,4 +1,4 @@
-"""Why a pod does not start, or has ended: the status of a pod -> a failure. Pure.
+"""Why a pod does not start, or has ended: the status of a pod, or of the object that made it -> a failure. Pure.
 
     waiting container   InvalidImageName, ErrImagePull, ImagePullBackOff, ...   the image or the template
     condition           PodScheduled=False, reason Unschedulable                no node has the capacity
@@ -19,7 +19,9 @@ Object = dict[str, Any]
 _IMAGE = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError",
                     "RegistryUnavailable"})  # fmt: skip
 _TEMPLATE = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError",
-                       "CreatePodSandboxError"})  # fmt: skip
+                       "CreatePodSandboxError", "InvalidMetadata", "InvalidConfiguration", "EnvVarsInjectionRejected",
+                       "VolumeClaimTemplatesError", "TemplateNotFound", "WarmPoolNotFound"})  # fmt: skip
+_EXPIRED = frozenset({"ClaimExpired", "SandboxExpired"})
 _NODE = frozenset({"NodeLost", "Preempting", "Preempted", "Shutdown", "NodeShutdown", "Terminated",
                    "UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "NodeAffinity"})  # fmt: skip
 _DISRUPTED = {
@@ -33,6 +35,8 @@ _HINTS = {
     "ErrImagePull": "check the name of the image, and imagePullSecrets of the pod template",
     "Unschedulable": "request less, add nodes, or check nodeSelector, tolerations and the quota of the namespace",
     "OOMKilled": "request more memory",
+    "EnvVarsInjectionRejected": "set envVarsInjectionPolicy of the SandboxTemplate to Allowed",
+    "WarmPoolNotFound": "create the SandboxWarmPool, or correct the pool of the pod template",
     "Evicted": "request more of the resource that is short, or set ephemeral-storage in the pod template",
 }
 
@@ -111,6 +115,45 @@ def deleted(pod: Object) -> Failure:
     return Failure("Deleted", Cause.LOST, f"pod {name} was deleted")
 
 
+def failure_of_batch(found: Object) -> Failure | None:
+    """The failure of a BatchSandbox of OpenSandbox with one replica."""
+    status, name = _mapping(found.get("status")), str(_mapping(found.get("metadata")).get("name"))
+    if status.get("phase") == "Failed":
+        failed = _condition(status, "PodFailed", "True") or {}
+        reason, said = str(failed.get("reason") or "Failed"), _short(failed.get("message"))
+        cause = Cause.START_FAILED if reason in _IMAGE | _TEMPLATE else Cause.LOST
+        return Failure(reason, cause, f"BatchSandbox {name} failed ({reason}{said})")
+    if _number(status.get("taskFailed")) or _number(status.get("taskSucceed")):
+        return Failure("TaskEnded", Cause.EXITED, f"BatchSandbox {name}: the rocklet in its pod ended")
+    return None
+
+
+def failure_of_claim(found: Object) -> Failure | None:
+    """The failure of a Sandbox or a SandboxClaim of agent-sandbox."""
+    status, meta = _mapping(found.get("status")), _mapping(found.get("metadata"))
+    name = f"{found.get('kind')} {meta.get('name')}"
+    finished = _condition(status, "Finished", "True")
+    if finished is not None:
+        return Failure(str(finished.get("reason")), Cause.EXITED, f"{name}: the container of its pod ended "
+                       f"({finished.get('reason')})")  # fmt: skip
+    ready = _condition(status, "Ready", "False")
+    if ready is None:
+        return None
+    reason, said = str(ready.get("reason") or ""), _short(ready.get("message"))
+    if reason in _TEMPLATE:
+        return Failure(reason, Cause.START_FAILED, f"{name} cannot have a pod ({reason}{said})")
+    if reason in _EXPIRED:
+        return Failure(reason, Cause.DEADLINE, f"{name} expired ({reason}{said})")
+    if reason == "ReconcilerError":  # as by a ResourceQuota, which the controller meets again until there is room
+        return Failure(reason, Cause.START_FAILED, f"{name}: its controller reports {reason}{said}", heals=True)
+    return None
+
+
+def gone(kind: str, name: str) -> Failure:
+    """The failure of an object that was deleted by another client."""
+    return Failure("Deleted", Cause.LOST, f"{kind} {name} was deleted")
+
+
 def _ended(status: Object, name: str, disrupted: Object | None) -> Failure | None:
     """The failure of a pod as a whole, in a terminal phase."""
     reason, said = str(status.get("reason") or ""), _short(status.get("message"))
@@ -164,6 +207,10 @@ def _condition(status: Object, kind: str, value: str) -> Object | None:
 
 def _mapping(value: object) -> Object:
     return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _short(message: object) -> str:

@@ -1,11 +1,12 @@
 """One pod for each sandbox: the reservations of ROCK_SCHEDULER=kubernetes.
 
-    reserve ──► POST pod (409: it is ours) ──► watch: fails? its rocklet joined? ──► the name of its worker
+    reserve ──► POST object (409: it is ours) ──► watch: fails? its rocklet joined? ──► the name of its worker
     release ──► DELETE with the uid as precondition
-    failures    pods of running sandboxes that ended, by the watch, each confirmed by a GET
+    failures    objects and pods of running sandboxes that ended, by the watch, each confirmed by a GET
 
-The API server is only how machines are made. While it does not respond, running sandboxes continue, and creates and
-stops wait.
+The object is the pod, or one of a controller that makes the pod (kinds.py). The object has the name of the worker; a
+controller's pod has its own name, and the labels of the object. The API server is only how machines are made. While it
+does not respond, running sandboxes continue, and creates and stops wait.
 """
 
 from __future__ import annotations
@@ -14,15 +15,28 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rock.errors import Conflict, InvalidConfig, NoCapacity, NotFound, RockError, Unavailable, Unsupported
 from rock.kubernetes.client import Api, Object, path_of
 from rock.kubernetes.failures import Failure, deleted, failure_of, node_is_silent
+from rock.kubernetes.failures import gone as gone_object
 from rock.kubernetes.informer import Informer, name_of, uid_of
+from rock.kubernetes.kinds import POD, POOLS, Kind, check_pool
 from rock.kubernetes.pools import WarmPods
-from rock.kubernetes.templates import ID_LABEL, OWNER_LABEL, Joining, Template, manifest, pod_name, template_for
+from rock.kubernetes.templates import (
+    ID_LABEL,
+    INSTANCE_LABEL,
+    OWNER_LABEL,
+    WORKER_LABEL,
+    Joining,
+    PoolRef,
+    Template,
+    pod_name,
+    template_for,
+)
 from rock.protocol.keys import pod_key
 from rock.protocol.sandbox import TEMPLATE_LABEL, SandboxConfig
 from rock.scheduler.base import MachineEnd
@@ -46,6 +60,7 @@ class PodSettings:
     instance: str = "rock"
     unschedulable: float = 60.0
     resync: float = 60.0
+    kind: Kind = POD
 
 
 class PodReservations:
@@ -56,26 +71,51 @@ class PodReservations:
     def __init__(
         self, api: Api, templates: Mapping[str, Template], settings: PodSettings, joined: Callable[[str], bool]
     ) -> None:
+        settings.kind.check(templates)
         self._api = api
         self._templates = templates
         self._settings = settings
+        self._kind = settings.kind
         self._joined = joined
         labels = {OWNER_LABEL: "rock", "app.kubernetes.io/component": "sandbox",
                   "app.kubernetes.io/instance": settings.instance}  # fmt: skip
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
-        self._informer = Informer(api, self._path(), selector, self._see, settings.resync)
-        self.warm = WarmPods(api, self._path, self._informer, templates, self._joining, joined)
-        self._failures: dict[str, Failure] = {}  # by pod: of those that ended and are not released
-        self._waiting: dict[str, asyncio.Event] = {}  # by pod
-        self._joining_now: dict[str, asyncio.Event] = {}  # by pod: of rocklets that are faster than the watch
-        self._confirming: dict[str, asyncio.Task[None]] = {}
+        self._objects = Informer(api, self._path(), selector, self._see, settings.resync)
+        self._pods = self._objects
+        if not self._kind.is_pod:
+            selector = f"{INSTANCE_LABEL}={settings.instance},{WORKER_LABEL}"
+            self._pods = Informer(api, self._pod_path(), selector, self._see_pod, settings.resync)
+        self.warm = WarmPods(api, self._path, self._objects, templates, self._joining, joined, self._kind,
+                             self._failure_now)  # fmt: skip
+        # All by worker, which is the name of the object:
+        self._failures: dict[str, Failure] = {}  # of those that ended and are not released
+        self._waiting: dict[str, asyncio.Event] = {}
+        self._joining_now: dict[str, asyncio.Event] = {}  # of rocklets that are faster than the watch
+        self._made: dict[str, str] = {}  # the name of the pod that a controller made
+        self._confirming: dict[str, asyncio.Task[None]] = {}  # by worker, or by "pods/" and the name of a pod
 
     async def open(self) -> None:
-        self._informer.open()
+        """InvalidConfig when the cluster has not the kind of object."""
+        if not self._kind.is_pod:
+            await self._check_kind()
+            self._pods.open()
+        self._objects.open()
+
+    async def _check_kind(self) -> None:
+        try:
+            await self._api.get(f"{self._path()}?limit=1", tries=1)
+        except NotFound:
+            raise InvalidConfig(
+                f"the cluster has no {self._kind.resource} ({self._kind.group})",
+                hint=f"install the controller and its CRD, or change ROCK_KUBERNETES_KIND={self._kind.name}",
+            ) from None
+        except Unavailable as error:  # the watch repeats it
+            log.warning("whether the cluster has %s is not known: %s", self._kind.resource, error.message)
 
     async def close(self) -> None:
-        """Pods stay, for the next server."""
-        await self._informer.close()
+        """Objects and their pods stay, for the next server."""
+        await self._objects.close()
+        await self._pods.close()
         for task in list(self._confirming.values()):
             task.cancel()
         await asyncio.gather(*self._confirming.values(), return_exceptions=True)
@@ -85,42 +125,92 @@ class PodReservations:
         return Joining(self._settings.servers, pod_key(self._settings.worker_key, name), self._settings.instance)
 
     def _path(self, name: str = "") -> str:
+        return path_of(self._kind.resource, self._settings.namespace, name, self._kind.group)
+
+    def _pod_path(self, name: str = "") -> str:
         return path_of("pods", self._settings.namespace, name)
 
     # ---- what the watch reports ----
 
-    def _see(self, pod: Object, gone: bool) -> None:
-        name = name_of(pod)
-        self.warm.see(pod, gone)
+    def _see(self, found: Object, gone: bool) -> None:
+        """An object changed."""
+        worker = name_of(found)
+        self.warm.see(found, gone)
         if gone:
             # By a list or an event, both of which a server may send late: only a GET shows that it is gone.
-            if name not in self._confirming:
-                task = asyncio.create_task(self._confirm(pod), name=f"pod-{name}")
-                self._confirming[name] = task
-                task.add_done_callback(lambda _: self._confirming.pop(name, None))
+            self._soon(worker, self._confirm(found, self._path(worker), worker))
             return
-        failure = failure_of(pod)
-        if failure is not None and not failure.heals and len(self._failures) < _MOST_KEPT:
-            self._failures[name] = failure
-        self.changed(name)
+        failure = self._kind.failure(found)
+        if failure is not None and not failure.heals:
+            if self._kind.is_pod:
+                self._fail(worker, failure)
+            else:  # its pod has the exact cause, which the other watch may report later
+                self._soon(worker, self._explain(worker, failure))
+        self.changed(worker)
 
-    async def _confirm(self, pod: Object) -> None:
+    def _see_pod(self, pod: Object, gone: bool) -> None:
+        """A pod of a controller's object changed."""
         name = name_of(pod)
+        worker = str(((pod.get("metadata") or {}).get("labels") or {}).get(WORKER_LABEL) or "")
+        if gone:
+            self._soon(f"pods/{name}", self._confirm(pod, self._pod_path(name), worker))
+            return
+        if self._made.setdefault(worker, name) != name:
+            # The controller replaced the pod: what ran in the first one is lost.
+            self._fail(worker, deleted(self._pods.objects.get(self._made[worker]) or pod))
+        failure = failure_of(pod)
+        if failure is not None and not failure.heals:
+            self._fail(worker, failure)
+        self.changed(worker)
+
+    def _fail(self, worker: str, failure: Failure) -> None:
+        if len(self._failures) < _MOST_KEPT:
+            self._failures.setdefault(worker, failure)
+
+    def _soon(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        if name in self._confirming:
+            work.close()
+            return
+        self._confirming[name] = task = asyncio.create_task(work, name=f"confirm-{name}")
+        task.add_done_callback(lambda _: self._confirming.pop(name, None))
+
+    async def _confirm(self, known: Object, path: str, worker: str) -> None:
+        """Record the failure of a worker whose object or pod is gone."""
+        is_pod = self._kind.is_pod or path != self._path(worker)
         while True:
             try:
-                found = await self._api.get(self._path(name))
-                if uid_of(found) == uid_of(pod):
+                if uid_of(await self._api.get(path)) == uid_of(known):
                     return
             except NotFound:
                 pass
             except RockError as error:
-                log.warning("whether pod %s is gone is not known: %s; trying again", name, error)
+                log.warning("whether %s is gone is not known: %s; trying again", path, error)
                 await asyncio.sleep(_AGAIN)
                 continue
-            if len(self._failures) < _MOST_KEPT:
-                self._failures.setdefault(name, deleted(pod))
-            self.changed(name)
+            self._fail(worker, deleted(known) if is_pod else gone_object(self._kind.name, worker))
+            if not is_pod or self._made.get(worker) == name_of(known):
+                self._made.pop(worker, None)
+            self.changed(worker)
             return
+
+    async def _explain(self, worker: str, failure: Failure) -> None:
+        """Record the failure of an object, by the cause that its pod has."""
+        name = self._made.get(worker)
+        if name is not None and worker not in self._failures:
+            with contextlib.suppress(RockError):
+                exact = failure_of(await self._api.get(self._pod_path(name)))
+                failure = failure if exact is None or exact.heals else exact
+        self._fail(worker, failure)
+        self.changed(worker)
+
+    def _pod_of(self, worker: str) -> Object | None:
+        """The pod of a worker, as the watch reports it."""
+        return self._pods.objects.get(worker if self._kind.is_pod else self._made.get(worker, ""))
+
+    def _failure_now(self, worker: str) -> Failure | None:
+        """The failure of a worker, which may heal."""
+        found = self._failures.get(worker) or failure_of(self._pod_of(worker) or {})
+        return found or self._kind.failure(self._objects.objects.get(worker) or {})
 
     def changed(self, name: str) -> None:
         """A pod changed, or a worker joined or left."""
@@ -140,15 +230,17 @@ class PodReservations:
     def silent(self) -> dict[str, str]:
         """By worker: the reason why the cluster does not hear of its machine."""
         found = {}
-        for name, pod in self._informer.objects.items():
+        for pod in self._pods.objects.values():
             if node_is_silent(pod):
                 node = (pod.get("spec") or {}).get("nodeName")
-                found[name] = f"the cluster does not hear of node {node} of its pod"
+                labels = (pod.get("metadata") or {}).get("labels") or {}
+                worker = name_of(pod) if self._kind.is_pod else str(labels.get(WORKER_LABEL))
+                found[worker] = f"the cluster does not hear of node {node} of its pod"
         return found
 
     def is_here(self, worker: str) -> bool:
         """Whether the pod of a worker may be there, by what the watch reports."""
-        return not self._informer.synced.is_set() or worker in self._informer.objects or worker in self._waiting
+        return not self._objects.synced.is_set() or worker in self._objects.objects or worker in self._waiting
 
     async def check_join(self, name: str, host: str) -> None:
         """Unavailable for a worker that does not report the address of its pod: code in a sandbox must not make this
@@ -170,8 +262,9 @@ class PodReservations:
                               hint="the rocklet tries again by itself")  # fmt: skip
 
     def _has_address(self, name: str, host: str) -> bool:
-        pod = self._informer.objects.get(name)
-        return pod is not None and (pod.get("status") or {}).get("podIP") == host
+        pod, found = self._pod_of(name), self._objects.objects.get(name)
+        of_pod = pod is not None and (pod.get("status") or {}).get("podIP") == host
+        return of_pod or (found is not None and host in self._kind.addresses(found))
 
     def check_names(self, names: Iterable[str]) -> None:
         """InvalidConfig for a template that does not exist."""
@@ -197,9 +290,11 @@ class PodReservations:
             raise Unsupported("a sandbox that is a pod cannot be restarted", hint="create a new sandbox")
         template = template_for(self._templates, config)
         name = pod_name(sandbox_id)
-        body = manifest(sandbox_id, template, config, self._joining(name))
-        await self._informer.synced.wait()
-        if name not in self._informer.objects:
+        body = self._kind.manifest(name, sandbox_id, template, config, self._joining(name))
+        if template.pool is not None and self._kind.group == POOLS[0]:
+            await self._check_pool(template.pool)
+        await self._objects.synced.wait()
+        if name not in self._objects.objects:
             warm = self.warm.claimed.get(sandbox_id)
             try:
                 warm = warm or await self.warm.claim(sandbox_id, config)
@@ -208,12 +303,21 @@ class PodReservations:
             name = warm or name
         event = self._waiting[name] = asyncio.Event()
         try:
-            if name != self.warm.claimed.get(sandbox_id) and name not in {*self._informer.objects, *self._failures}:
+            if name != self.warm.claimed.get(sandbox_id) and name not in {*self._objects.objects, *self._failures}:
                 await self._create(sandbox_id, name, body)
             return await self._started(sandbox_id, name, event)
         finally:
             if self._waiting.get(name) is event:
                 del self._waiting[name]
+
+    async def _check_pool(self, pool: PoolRef) -> None:
+        """InvalidConfig, Unsupported, Unavailable."""
+        group, resource = POOLS
+        try:
+            check_pool(await self._api.get(path_of(resource, self._settings.namespace, pool.name, group)), pool)
+        except NotFound:
+            raise InvalidConfig(f"there is no Pool {pool.name!r} in namespace {self._settings.namespace}",
+                                hint="create it, or correct the pool of the pod template") from None  # fmt: skip
 
     async def _create(self, sandbox_id: str, name: str, body: Object) -> None:
         """Create the pod, or find that it exists. NoCapacity, InvalidConfig, Conflict."""
@@ -260,9 +364,7 @@ class PodReservations:
             event.clear()
             if self._joined(name):
                 return name
-            failure = self._failures.get(name)
-            if failure is None:
-                failure = failure_of(self._informer.objects.get(name) or {})
+            failure = self._failure_now(name)
             patience: float | None = None
             if failure is not None and failure.heals:
                 waits_since = waits_since or time.monotonic()
@@ -282,7 +384,7 @@ class PodReservations:
     async def release(self, sandbox_id: str) -> None:
         name = self.warm.claimed.get(sandbox_id) or pod_name(sandbox_id)
         while True:
-            pod = self._informer.objects.get(name)
+            pod = self._objects.objects.get(name)
             try:
                 if pod is None or self._id_of(pod) != sandbox_id:
                     pod = await self._api.get(self._path(name))
@@ -293,7 +395,7 @@ class PodReservations:
             except NotFound:
                 break
             except Conflict:  # another pod of this name, as the cache will show
-                self._informer.forget(name)
+                self._objects.forget(name)
         self._failures.pop(name, None)
         self.warm.claimed.pop(sandbox_id, None)
 
@@ -303,9 +405,9 @@ class PodReservations:
         return ((pod.get("metadata") or {}).get("annotations") or {}).get(ID_LABEL)
 
     async def held(self) -> set[str]:
-        await self._informer.synced.wait()
+        await self._objects.synced.wait()
         found = set()
-        for pod in self._informer.objects.values():
+        for pod in self._objects.objects.values():
             sandbox_id = self._id_of(pod)
             if isinstance(sandbox_id, str) and not (pod.get("metadata") or {}).get("deletionTimestamp"):
                 found.add(sandbox_id)

@@ -19,14 +19,14 @@ import orjson
 
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError
 from rock.kubernetes.client import Api, Object
-from rock.kubernetes.failures import failure_of
+from rock.kubernetes.failures import Failure
 from rock.kubernetes.informer import Informer, name_of, uid_of, version_of
+from rock.kubernetes.kinds import Kind
 from rock.kubernetes.templates import (
     ID_LABEL,
     POOL_LABEL,
     Joining,
     Template,
-    manifest_of,
     template_for,
     template_name,
     uses,
@@ -43,12 +43,13 @@ _AT_ONCE = 50  # pods that one look creates or deletes
 
 
 class WarmPods:
-    """path: of a pod by name. joining: what the pod of a name joins by. joined: whether a worker of that name is
-    there now. claimed: by sandbox, the pod that it has."""
+    """path: of an object by name. joining: what the pod of a name joins by. joined: whether a worker of that name is
+    there now. kind, failure: of the objects. claimed: by sandbox, the pod that it has."""
 
     def __init__(
         self, api: Api, path: Callable[[str], str], informer: Informer, templates: Mapping[str, Template],
-        joining: Callable[[str], Joining], joined: Callable[[str], bool],
+        joining: Callable[[str], Joining], joined: Callable[[str], bool], kind: Kind,
+        failure: Callable[[str], Failure | None],
     ) -> None:  # fmt: skip
         self._api = api
         self._path = path
@@ -56,6 +57,8 @@ class WarmPods:
         self._templates = templates
         self._joining = joining
         self._joined = joined
+        self._kind = kind
+        self._failure = failure
         self._pools: dict[str, PodPool] = {}  # by digest
         self._made: dict[str, tuple[str, float]] = {}  # (digest, time) by pods that the watch has not reported
         self._paused: dict[str, float] = {}  # until when, by digest
@@ -68,6 +71,9 @@ class WarmPods:
         """InvalidConfig for a pool that cannot exist."""
         for pool in pools:
             template = template_for(self._templates, pool.config())
+            if template.pool is not None:
+                raise InvalidConfig(f"pools.pods: template {pool.template!r} uses a pool of a controller",
+                                    hint="use a pod template, or remove the pool here")  # fmt: skip
             if uses(template.body, "sandbox_id"):
                 raise InvalidConfig(f"pools.pods: template {pool.template!r} uses sandbox_id, which a warm pod has not",
                                     hint="remove {{ sandbox_id }} from the template, or the pool")  # fmt: skip
@@ -87,7 +93,7 @@ class WarmPods:
 
     def _manifest(self, pool: PodPool, name: str, joining: Joining) -> Object:
         config = pool.config()
-        return manifest_of(name, "", template_for(self._templates, config), config, joining)
+        return self._kind.manifest(name, "", template_for(self._templates, config), config, joining)
 
     # ---- what the watch reports ----
 
@@ -168,7 +174,7 @@ class WarmPods:
             counts[digest] = counts.get(digest, 0) + 1
         surplus: list[Object] = []
         for name, digest, pod in self._warm():
-            failure = failure_of(pod)
+            failure = self._failure(name)
             if failure is not None and not failure.heals:
                 log.warning("a warm pod failed: %s", failure.message)
                 self._paused[digest] = now + _AFTER_FAILURE

@@ -31,7 +31,7 @@ def classes_of(templates: dict[str, Template]) -> dict[str, list[str]]:
     """The templates of each RuntimeClass. Classes that depend on variables are left out."""
     found: dict[str, list[str]] = {}
     for name, template in sorted(templates.items()):
-        wanted = str(template.body["spec"].get("runtimeClassName") or "")
+        wanted = str((template.body.get("spec") or {}).get("runtimeClassName") or "")
         if wanted and "{{" not in wanted:
             found.setdefault(wanted, []).append(name)
     return found
