@@ -12,6 +12,7 @@ import pytest
 import yaml
 from tools import render_chart
 
+from rock.kubernetes.kinds import KINDS
 from tests.kubernetes import programs
 from tests.packages import CannotBeHad
 
@@ -84,9 +85,12 @@ def test_a_combination_that_cannot_work_is_refused(helm: str, given: tuple[str, 
     assert done.returncode != 0 and match in done.stderr
 
 
+PODS = ("pod", "opensandbox", "agent-sandbox", "sandbox-claims")  # in pod mode
+
+
 def test_static_workers_have_no_rights() -> None:
     for path in EXAMPLES:
-        if path.stem == "pod":
+        if path.stem in PODS:
             continue
         found = objects(path.stem)
         assert not [one for one in found if one["apiVersion"].startswith("rbac.") or one["kind"] == "ServiceAccount"]
@@ -102,6 +106,20 @@ def test_pod_mode_has_the_least_rights() -> None:
     assert [one["rules"] for one in roles] == [[{"apiGroups": [""], "resources": ["pods"], "verbs": verbs}]]
     assert not [one for one in found if one["kind"] in ("ClusterRole", "ClusterRoleBinding")]
     assert [name for name, spec in pods("pod") if spec["automountServiceAccountToken"]] == ["rock-admin"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("opensandbox", "BatchSandbox"), ("agent-sandbox", "Sandbox"),
+                                            ("sandbox-claims", "SandboxClaim")])  # fmt: skip
+def test_objects_of_controllers_have_the_least_rights(name: str, kind: str) -> None:
+    """The server cannot create or delete a pod: the controller does."""
+    (role,) = [one for one in objects(name) if one["kind"] == "Role"]
+    rights = {(group, what): set(rule["verbs"]) for rule in role["rules"] for group in rule["apiGroups"]
+              for what in rule["resources"]}  # fmt: skip
+    used = KINDS[kind]
+    group = used.group.partition("/")[0]
+    assert rights.pop(("", "pods")) == {"get", "list", "watch"}
+    assert {"create", "get", "list", "watch", "delete"} <= rights.pop((group, used.resource))
+    assert rights == ({(group, "pools"): {"get"}} if kind == "BatchSandbox" else {})
 
 
 def test_servers_are_restricted_and_level_a_is_a_user_namespace() -> None:

@@ -216,14 +216,15 @@ class Admin:
             await self._blobs.sweep()
         try:
             await self.configuration.open()
+            await self.workers.open()
+            if self._reservations is not None:
+                await self._reservations.open()
         except BaseException:
             await self.configuration.close()
+            await self.workers.close()
             await self.catalogue.close()
             await self._store.close()
             raise
-        await self.workers.open()
-        if self._reservations is not None:
-            await self._reservations.open()
         if self.leader is not None:
             await self.leader.start()
         await self.audit.open()

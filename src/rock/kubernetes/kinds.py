@@ -78,8 +78,8 @@ class Kind:
             labels = labels_of(name, sandbox_id, template, joining.instance)
             annotations = {ID_LABEL: sandbox_id} if sandbox_id else {}
             spec = self.pooled(environment(name, template.port, config.image, joining), template)
-            if self.name == "SandboxClaim":
-                own = {key: value for key, value in labels.items() if key.startswith(_OWN)}  # it refuses system prefixes
+            if self.name == "SandboxClaim":  # its controller refuses system prefixes
+                own = {key: value for key, value in labels.items() if key.startswith(_OWN)}
                 spec["additionalPodMetadata"] = {"labels": own}
         else:
             pod = pod_of(name, sandbox_id, template, config, joining)
@@ -169,5 +169,5 @@ def check_pool(found: Object, pool: PoolRef) -> None:
     recycling = spec.get("recycleStrategy") or {}
     policy = spec.get("podRecyclePolicy") or (recycling.get("type") if isinstance(recycling, dict) else None)
     if policy != "Delete":
-        raise Unsupported(f"Pool {pool.name!r} does not delete the pods of its sandboxes (its policy is {policy!r})",
+        raise Unsupported(f"the Pool {pool.name!r} does not delete the pods of its sandboxes (policy {policy!r})",
                           hint="set recycleStrategy.type, or podRecyclePolicy, of the Pool to Delete")  # fmt: skip

@@ -97,7 +97,11 @@ class PodReservations:
     async def open(self) -> None:
         """InvalidConfig when the cluster has not the kind of object."""
         if not self._kind.is_pod:
-            await self._check_kind()
+            try:
+                await self._check_kind()
+            except RockError:
+                await self._api.close()
+                raise
             self._pods.open()
         self._objects.open()
 

@@ -1,4 +1,4 @@
-"""Whether the RuntimeClasses of the pod templates exist.
+"""Whether the RuntimeClasses of the pod templates, and the kind of the objects of sandboxes, exist.
 
 RuntimeClasses are objects of the cluster, not of a namespace. The Role of a server does not permit reading them; then
 the finding states that, and a create with an absent class is refused by the API server.
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rock.errors import InvalidConfig, NotFound, RockError
 from rock.kubernetes.access import Access
-from rock.kubernetes.client import Api
+from rock.kubernetes.client import Api, path_of
+from rock.kubernetes.kinds import Kind
 from rock.kubernetes.templates import Template, read_templates
 
 _PATH = "/apis/node.k8s.io/v1/runtimeclasses/"
@@ -45,6 +46,23 @@ async def found_classes(access: Access, templates: str) -> list[FoundClass]:
         return [await _found(api, name, users) for name, users in wanted.items()]
     finally:
         await api.close()
+
+
+async def found_kind(access: Access, kind: Kind, namespace: str) -> FoundClass | None:
+    """A row for the custom resource of the kind; None for pods."""
+    if kind.is_pod:
+        return None
+    api = Api(access)
+    try:
+        await api.get(f"{path_of(kind.resource, namespace, group=kind.group)}?limit=1", tries=1)
+    except NotFound:
+        return FoundClass(kind.name, False, f"the cluster has no {kind.resource} ({kind.group})",
+                          "install its controller and CRD, or change ROCK_KUBERNETES_KIND")
+    except RockError as error:
+        return FoundClass(kind.name, None, f"not checked: {error.message}", error.hint or "")
+    finally:
+        await api.close()
+    return FoundClass(kind.name, True, f"{kind.resource} of {kind.group}")
 
 
 async def _found(api: Api, name: str, users: list[str]) -> FoundClass:

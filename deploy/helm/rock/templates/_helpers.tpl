@@ -71,6 +71,7 @@ http://{{ .Release.Name }}-reader.{{ .Release.Namespace }}:{{ .Values.admin.port
 - {name: ROCK_SCHEDULER, value: "kubernetes"}
 - {name: ROCK_KUBERNETES_NAMESPACE, value: {{ include "rock.workers.namespace" .root | quote }}}
 - {name: ROCK_KUBERNETES_INSTANCE, value: {{ .root.Release.Name | quote }}}
+- {name: ROCK_KUBERNETES_KIND, value: {{ .root.Values.pod.kind | quote }}}
 - {name: ROCK_KUBERNETES_TEMPLATES, value: /etc/rock/templates.yaml}
 - {name: ROCK_KUBERNETES_QPS, value: {{ .root.Values.pod.qps | quote }}}
 - {name: ROCK_ADVERTISE, value: {{ include "rock.admin.url" .root | quote }}}

@@ -105,7 +105,7 @@ def _engine() -> list[Finding]:
 
 
 def _runtime_classes() -> list[Finding]:
-    """The RuntimeClasses of the pod templates, where each sandbox is a pod."""
+    """The RuntimeClasses of the pod templates and the kind of the objects, where each sandbox is a pod."""
     import asyncio
 
     from rock.errors import RockError
@@ -115,13 +115,18 @@ def _runtime_classes() -> list[Finding]:
     if settings.scheduler != "kubernetes":
         return []
     from rock.admin.app import access_of
-    from rock.kubernetes.runtime_classes import found_classes
+    from rock.kubernetes.kinds import kind_of
+    from rock.kubernetes.runtime_classes import found_classes, found_kind
 
     try:
-        rows = asyncio.run(found_classes(access_of(settings), settings.kubernetes_templates))
+        access = access_of(settings)
+        namespace = settings.kubernetes_namespace or access.namespace or "rock"
+        rows = asyncio.run(found_classes(access, settings.kubernetes_templates))
+        kind = asyncio.run(found_kind(access, kind_of(settings.kubernetes_kind), namespace))
     except RockError as error:
         return [Finding("pod templates", False, error.message, error.hint or "")]
-    return [Finding(f"RuntimeClass {row.name}", row.ok, row.detail, row.hint) for row in rows]
+    found = [Finding(f"RuntimeClass {row.name}", row.ok, row.detail, row.hint) for row in rows]
+    return found + ([] if kind is None else [Finding(f"kind {kind.name}", kind.ok, kind.detail, kind.hint)])
 
 
 def _plugins() -> list[Finding]:

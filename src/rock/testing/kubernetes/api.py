@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, unquote
 
@@ -64,7 +64,7 @@ class ApiServer:
         self.counts: dict[tuple[str, str], int] = {}
         self.watches = 0  # open ones
         self._token = token
-        self._by_path = {(kind.group_version, kind.resource): kind for kind in KINDS}
+        self._by_path = {(kind.group_version, kind.resource): kind for kind in objects.kinds}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -303,7 +303,7 @@ class ApiServer:
     def _discovery(self, parts: list[str]) -> Object | None:
         path = "/".join(parts)
         groups: dict[str, list[str]] = {}
-        for kind in KINDS:
+        for kind in self.objects.kinds:
             group, separator, version = kind.group_version.partition("/")
             if separator and version not in groups.setdefault(group, []):
                 groups[group].append(version)
@@ -317,16 +317,17 @@ class ApiServer:
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": [_group(*row) for row in groups.items()]}
         if parts[0] == "apis" and len(parts) == 2 and parts[1] in groups:
             return {"kind": "APIGroup", "apiVersion": "v1", **_group(parts[1], groups[parts[1]])}
-        versions = {kind.group_version for kind in KINDS}
+        versions = {kind.group_version for kind in self.objects.kinds}
         at = path.removeprefix("apis/").removeprefix("api/")
         if parts[0] in ("api", "apis") and at in versions:
-            return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": at, "resources": _resources(at)}
+            rows = _resources(self.objects.kinds, at)
+            return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": at, "resources": rows}
         if path == "openapi/v3":
             roots = [_root(one) for one in sorted(versions)]
             return {"paths": {root: {"serverRelativeURL": f"/openapi/v3/{root}"} for root in roots}}
         if path.startswith("openapi/v3/"):
             wanted = next((one for one in versions if _root(one) == path.removeprefix("openapi/v3/")), None)
-            return None if wanted is None else _openapi(wanted)
+            return None if wanted is None else _openapi(self.objects.kinds, wanted)
         return None
 
 
@@ -339,10 +340,10 @@ def _group(name: str, versions: list[str]) -> Object:
     return {"name": name, "versions": rows, "preferredVersion": rows[0]}
 
 
-def _resources(group_version: str) -> list[Object]:
+def _resources(kinds: Sequence[Kind], group_version: str) -> list[Object]:
     found: list[Object] = []
     verbs = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]
-    for kind in KINDS:
+    for kind in kinds:
         if kind.group_version != group_version:
             continue
         found.append({"name": kind.resource, "singularName": kind.kind.lower(), "namespaced": kind.namespaced,
@@ -358,14 +359,14 @@ def _resources(group_version: str) -> list[Object]:
     return found
 
 
-def _openapi(group_version: str) -> Object:
+def _openapi(kinds: Sequence[Kind], group_version: str) -> Object:
     """Paths with the parameters of a change, by which kubectl sees that the server validates fields itself."""
     group, _, version = group_version.rpartition("/")
     parameters = [{"name": name, "in": "query", "schema": {"type": "string"}}
                   for name in ("fieldValidation", "dryRun", "fieldManager")]  # fmt: skip
     paths: Object = {}
     schemas: Object = {}
-    for kind in KINDS:
+    for kind in kinds:
         if kind.group_version != group_version:
             continue
         mark = {"group": group, "version": version, "kind": kind.kind}

@@ -16,6 +16,7 @@ import uvicorn
 
 from rock.cli.serve.serve import http_over, listen
 from rock.testing.kubernetes.api import ApiServer, Faults
+from rock.testing.kubernetes.custom import CUSTOM, Controllers
 from rock.testing.kubernetes.hosts import Hosts
 from rock.testing.kubernetes.nodes import PODS, EmbeddedRocklet, Idle, Machine, Nodes, RockletProcess
 from rock.testing.kubernetes.objects import KINDS, Object, Objects, key_of
@@ -27,7 +28,8 @@ Runs = Literal["idle", "rocklet", "fake"]
 class FakeCluster:
     """A context manager. nodes: their number, or pods by node. runs: what is in a pod: nothing, a real rocklet, or one
     with the fake runtime. start_seconds: of a pod. processes: that run the rocklets with the fake runtime; 0 is the
-    thread of the cluster. environment: more variables of real rocklets.
+    thread of the cluster. custom: with the resources and controllers of OpenSandbox and agent-sandbox (custom.py).
+    environment: more variables of real rocklets.
 
     url: of the API server; kubeconfig: the path of a file with it. token: required as a bearer token; kubectl sends
     none over HTTP. Its methods may be called from any thread.
@@ -35,12 +37,13 @@ class FakeCluster:
 
     def __init__(
         self, nodes: int | dict[str, int] = 1, runs: Runs = "idle", *, start_seconds: float = 0.0, token: str = "",
-        faults: Faults | None = None, processes: int = 0, **environment: str,
+        faults: Faults | None = None, processes: int = 0, custom: bool = False, **environment: str,
     ) -> None:  # fmt: skip
         self.url = ""
         self.kubeconfig = ""
         self.faults = faults or Faults()
-        self.objects = Objects()
+        self.objects = Objects((*KINDS, *CUSTOM) if custom else KINDS)
+        self._custom = custom
         self.api = ApiServer(self.objects, self.faults, token)
         self._nodes_wanted = nodes if isinstance(nodes, dict) else {f"node-{n}": 10_000 for n in range(1, nodes + 1)}
         self._runs = runs
@@ -119,7 +122,7 @@ class FakeCluster:
 
     def create(self, body: Object, namespace: str = "default") -> Object:
         """Create an object of any kind."""
-        kind = next(kind for kind in KINDS if kind.kind == body["kind"])
+        kind = next(kind for kind in self.objects.kinds if kind.kind == body["kind"])
         return self.call(lambda: self.objects.create(kind, namespace if kind.namespaced else "", body))
 
     def _machine(self, pod: Object) -> Machine:
@@ -145,6 +148,8 @@ class FakeCluster:
         listener = listen("127.0.0.1", 0)
         self._loop = asyncio.get_running_loop()
         self.nodes = Nodes(self.objects, self._machine, self._seconds)
+        if self._custom:
+            Controllers(self.objects, self.nodes)
         self._http = http_over(self.api)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         for name, pods in self._nodes_wanted.items():

@@ -30,6 +30,7 @@ PODS, NODES, DEPLOYMENTS, SETS, SECRETS, CONFIGS = (
     for name in ("Pod", "Node", "Deployment", "StatefulSet", "Secret", "ConfigMap")
 )
 _TOGETHER = 0.01  # seconds in which changes of objects are collected for one look of the controllers
+POOLED = "sandbox.opensandbox.io/pool-name"  # a label of pods that only run tasks
 COST = "controller.kubernetes.io/pod-deletion-cost"
 
 
@@ -186,7 +187,9 @@ class Nodes:
         self._addresses = itertools.count(2)
         self._network = 64 + os.getpid() % 128
         self._lost: set[str] = set()  # names of nodes
-        self._pending = asyncio.Event()
+        self.pending = asyncio.Event()  # set: the controllers look again
+        self.controllers: list[Callable[[], None]] = []  # more of them
+        self.controlled: set[Kind] = set()  # by these
         self._loop_task: asyncio.Task[None] | None = None
         objects.on_change.append(self._changed)
 
@@ -218,8 +221,8 @@ class Nodes:
                 self._finish(uid, self._end(found))
             elif event == "DELETED" and uid in self._tasks:  # by force
                 self._finish(f"{uid} by force", self._kill(uid))
-        if kind in (PODS, NODES, DEPLOYMENTS, SETS):
-            self._pending.set()
+        if kind in (PODS, NODES, DEPLOYMENTS, SETS) or kind in self.controlled:
+            self.pending.set()
 
     def _finish(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._ending[name] = task = asyncio.create_task(work, name=f"end-{name}")
@@ -227,13 +230,15 @@ class Nodes:
 
     async def _run(self) -> None:
         while True:
-            await self._pending.wait()
-            self._pending.clear()
+            await self.pending.wait()
+            self.pending.clear()
             await asyncio.sleep(_TOGETHER)
             try:
                 for kind in (DEPLOYMENTS, SETS):
                     for one in self._objects.list(kind):
                         self._control(kind, one)
+                for look in self.controllers:
+                    look()
                 self._schedule()
             except Refused as error:
                 log.warning("fake controllers: %s", error.message)
@@ -298,7 +303,7 @@ class Nodes:
             self._objects.create(PODS, namespace, body)
         for pod in extra:
             self._objects.delete(PODS, *key_of(pod))
-        ready = sum(_ready(pod) for pod in live)
+        ready = sum(is_ready(pod) for pod in live)
         self._objects.set_status(kind, namespace, name, replicas=len(live), readyReplicas=ready,
                                  availableReplicas=ready, updatedReplicas=len(live),
                                  observedGeneration=found["metadata"].get("generation", 1))  # fmt: skip
@@ -320,7 +325,7 @@ class Nodes:
             self._count(key[1])
             number = next(self._addresses)
             address = f"127.{self._network}.{number >> 8 & 255}.{number & 255}"
-            machine = self._make(pod)
+            machine = Idle() if POOLED in (pod["metadata"].get("labels") or {}) else self._make(pod)
             self.machines[uid] = machine
             # The address is known before the container runs, as the network of a pod is.
             self._status(pod, "Pending", {"waiting": {"reason": "ContainerCreating"}}, ready=False, podIP=address)
@@ -338,6 +343,25 @@ class Nodes:
             log.exception("fake pod %s", key[1])
             with contextlib.suppress(Refused):
                 self.over(key, uid, 1, message=repr(error))
+
+    def run_task(self, pod: Object, environment: Mapping[str, str], over: Callable[[int], None]) -> None:
+        """Run a rocklet in a pod that runs already. over: called with its exit status when it ends by itself."""
+        uid = str(pod["metadata"]["uid"])
+        name = f"{uid} task"
+        self._tasks[name] = task = asyncio.create_task(self._task(pod, uid, environment, over), name=f"task-{uid}")
+        task.add_done_callback(lambda _: self._tasks.pop(name, None))
+
+    async def _task(self, pod: Object, uid: str, environment: Mapping[str, str], over: Callable[[int], None]) -> None:
+        machine = self._make(pod)
+        self.machines[uid] = machine
+        try:
+            await machine.start(pod["status"]["podIP"], environment)
+            status = await machine.ended()
+        except Exception:
+            log.exception("task in fake pod %s", key_of(pod)[1])
+            status = 1
+        if uid in self.machines:
+            over(status)
 
     def _count(self, name: str) -> None:
         self.started[name] = self.started.get(name, 0) + 1
@@ -458,7 +482,7 @@ def _is_own(pod: Object) -> bool:
     return bool((pod.get("spec") or {}).get("schedulerName", "default-scheduler") == "default-scheduler")
 
 
-def _ready(pod: Object) -> bool:
+def is_ready(pod: Object) -> bool:
     rows = (pod.get("status") or {}).get("conditions") or []
     return any(row.get("type") == "Ready" and row.get("status") == "True" for row in rows)
 

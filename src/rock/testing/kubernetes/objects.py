@@ -12,7 +12,7 @@ import datetime
 import itertools
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,12 +84,13 @@ def key_of(found: Object) -> Key:
 
 
 class Objects:
-    """All objects. on_change: called with (type, kind, object) after each change."""
+    """All objects of some kinds. on_change: called with (type, kind, object) after each change."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Sequence[Kind] = KINDS) -> None:
+        self.kinds = tuple(kinds)
         self.version = 1000
         self.on_change: list[Callable[[str, Kind, Object], None]] = []
-        self._found: dict[Kind, dict[Key, Object]] = {kind: {} for kind in KINDS}
+        self._found: dict[Kind, dict[Key, Object]] = {kind: {} for kind in self.kinds}
         self._events: deque[tuple[int, Kind, str, Object, Object | None]] = deque()
         self._oldest = self.version  # events above this version are remembered
         self._watches: set[Watch] = set()
