@@ -169,7 +169,7 @@ def test_a_lost_node(world: Controlled) -> None:
 def test_an_image_that_cannot_be_pulled(world: Controlled) -> None:
     only(world, "BatchSandbox", "Sandbox")
     world.cluster.nodes.images["missing:1"] = "ErrImagePull"
-    with pytest.raises(ImageError, match="missing:1.*ErrImagePull"):
+    with pytest.raises(ImageError, match=r"missing:1.*ErrImagePull"):
         Sandbox(base_url=world.server.url, api_key=KEY, image="missing:1", memory="64m").start()
 
 
