@@ -180,7 +180,7 @@ export interface CallUsage {
 }
 
 /** Why a sandbox no longer runs; its record stores it. */
-export type Cause = "stopped_by_user" | "idle" | "deadline" | "out_of_memory" | "disk_full" | "start_failed" | "exited" | "lost";
+export type Cause = "stopped_by_user" | "idle" | "deadline" | "out_of_memory" | "disk_full" | "start_failed" | "exited" | "lost" | "drained";
 
 /** A request for a snapshot of a running sandbox. memory: what is taken beside the files; a named level is refused where it is not possible, "auto" is the best level that is possible, which the response states. files: how files are taken; "auto" is "switch" where that is possible, else "copy". name: unique among the tenant's snapshots. wait: seconds to wait for running commands; then it is a Conflict. ttl_seconds: retention after the last use; None is the server's default. */
 export interface CheckpointRequest {
@@ -730,7 +730,7 @@ export interface NextCall {
   waiting?: number;
 }
 
-/** Resources of a worker: cores, total and free bytes of memory, current and maximum number of sandboxes. load: programs that run or wait for a core, averaged over the last minute. images: names of some images on its disk, the last used first. memory_pressure: percent of the last ten seconds in which a process waited for memory; None where the kernel does not report it. accelerators: kinds of its `gpus`. fetching: progress of the images that sandboxes wait for, by name. */
+/** Resources of a worker: cores, total and free bytes of memory, current and maximum number of sandboxes. load: programs that run or wait for a core, averaged over the last minute. images: names of some images on its disk, the last used first. memory_pressure: percent of the last ten seconds in which a process waited for memory; None where the kernel does not report it. accelerators: kinds of its `gpus`. fetching: progress of the images that sandboxes wait for, by name. evacuate: this machine will end, and its sandboxes are to be archived. */
 export interface NodeStatus {
   host_name: string;
   host_ip: string;
@@ -750,6 +750,7 @@ export interface NodeStatus {
   gpus?: number;
   gpus_free?: number;
   accelerators?: string[];
+  evacuate?: boolean;
 }
 
 /** A request for a sandbox that can host `env_id`. Environments of one package set share a sandbox, with one process each; `exclusive` requests a sandbox of its own. `config`: limits and image, when the defaults do not fit. protocol: the family of the environment: GEM, Gymnasium, or a task of the training set `env_id`. packages: additional packages, as pip names them; wheels only. image: host it with the Python of this image, which has gymnasium; no packages are installed then. */
@@ -1341,7 +1342,7 @@ export interface WorkerConfiguration {
   error?: string;
 }
 
-/** A worker as stored. beat: grows with each heartbeat. age: seconds since the last one, for display only. url: "" for the server's own. */
+/** A worker as stored. beat: grows with each heartbeat. age: seconds since the last one, for display only. url: "" for the server's own. evacuating: it is drained, and its sandboxes are stopped and archived. */
 export interface WorkerInfo {
   name: string;
   url?: string;
@@ -1349,6 +1350,7 @@ export interface WorkerInfo {
   epoch?: number;
   beat?: number;
   draining?: boolean;
+  evacuating?: boolean;
   version?: string;
   age?: number;
   status?: NodeStatus | null;

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import dataclass, replace
 
+from rock.admin.evacuations import Evacuations
 from rock.admin.machines import Machines
 from rock.admin.sandboxes.lifecycle import Effect, Event, deadline_of, life_began
 from rock.admin.sandboxes.service import Service
@@ -160,6 +161,7 @@ class Reconciler:
             asyncio.create_task(self.service.snapshots.run(), name="retention of snapshots"),
             asyncio.create_task(self.service.pools.run(), name="pools"),
             asyncio.create_task(LostWorkers(self.service, workers).run(), name="losses"),
+            asyncio.create_task(Evacuations(self.service).run(), name="evacuations"),
         ]
         if isinstance(self.service.placer.reservations, PodReservations):
             machines = Machines(self.service, self.service.placer.reservations)

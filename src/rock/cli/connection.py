@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rock import settings
 from rock.cli.contexts import Contexts, server_of
-from rock.errors import InvalidConfig, NotFound
+from rock.errors import InvalidConfig, NotFound, Unsupported
 
 if TYPE_CHECKING:  # the SDK is imported by the first call
     from rock.protocol.sandbox import SandboxInfo
@@ -60,8 +60,9 @@ def client() -> Client:
     return Client(OPTIONS.base_url, OPTIONS.api_key)
 
 
-def drain_rocklet() -> Callable[[], int]:
-    """Drain the rocklet of ROCK_HOME; returns a function that counts its sandboxes. NotFound."""
+def drain_rocklet() -> tuple[Callable[[], int], Callable[[], None]]:
+    """Drain the rocklet of ROCK_HOME; returns functions that count its sandboxes, and that have them archived. After
+    that call, those without processes count too. NotFound, Unsupported."""
     import json
     import os
     import signal
@@ -77,10 +78,21 @@ def drain_rocklet() -> Callable[[], int]:
     os.kill(int(note["pid"]), signal.SIGUSR1)
     own = Client(url, OPTIONS.api_key)
 
-    def left() -> int:
-        return len(own.transport.json("GET", "/node/v1/sandboxes")["sandboxes"])
+    archiving = False
 
-    return left
+    def left() -> int:
+        found = own.transport.json("GET", "/node/v1/sandboxes")
+        return len(found["sandboxes"]) + (len(found["kept"]) if archiving else 0)
+
+    def archive() -> None:
+        nonlocal archiving
+        if not note.get("evacuates"):
+            raise Unsupported("the rocklet is older than this command, and cannot request archives",
+                              hint="restart it, or drain it without --archive")
+        archiving = True
+        os.kill(int(note["pid"]), signal.SIGUSR2)
+
+    return left, archive
 
 
 def new_sandbox(image: str, **fields: Any) -> Sandbox:

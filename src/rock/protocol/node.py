@@ -30,7 +30,8 @@ class NodeSandbox(Answer):
     """A sandbox as its rocklet reports it. `idle_seconds`: since the last activity; 0 while a request is in progress.
 
     paused: its processes are stopped for a while. kept: it is stopped, and its files are retained. environments: of a
-    sandbox that hosts them, the number of existing ones, and the number made since its rocklet started.
+    sandbox that hosts them, the number of existing ones, and the number made since its rocklet started. layered: it
+    runs on a snapshot, so its files cannot be archived.
     """
 
     sandbox_id: str
@@ -46,6 +47,7 @@ class NodeSandbox(Answer):
     kept: bool = False
     paused: bool = False
     environments: tuple[int, int] | None = None
+    layered: bool = False
 
 
 class NodeCreates(Wire):
@@ -126,7 +128,7 @@ class NodeStatus(Answer):
     programs that run or wait for a core, averaged over the last minute. images: names of some images on its disk, the
     last used first. memory_pressure: percent of the last ten seconds in which a process waited for memory; None where
     the kernel does not report it. accelerators: kinds of its `gpus`. fetching: progress of the images that sandboxes
-    wait for, by name."""
+    wait for, by name. evacuate: this machine will end, and its sandboxes are to be archived."""
 
     host_name: str
     host_ip: str
@@ -146,6 +148,7 @@ class NodeStatus(Answer):
     gpus: int = 0
     gpus_free: int = 0
     accelerators: list[str] = Field(default_factory=list, max_length=64)
+    evacuate: bool = False
 
 
 class WorkerImage(Wire):
@@ -256,6 +259,7 @@ class NodeVolumes(Answer):
 # own monotonic clock; clock times of different machines are never compared. docs/decisions/0019-workers.md.
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+EVACUATION = "evacuation"  # the phase of a sandbox that cannot be archived when its worker is drained
 RESERVED = "local"  # the worker in the server's own process
 PROCESS = "process://"  # the scheme of the rocklet processes of the server's machine (cli/serve/processes.py)
 _OF_PROCESS = re.compile(r"local(-[0-9]+)?")
@@ -319,7 +323,7 @@ class WorkerState(StrEnum):
 
 class WorkerInfo(Answer):
     """A worker as stored. beat: grows with each heartbeat. age: seconds since the last one, for display only. url: ""
-    for the server's own."""
+    for the server's own. evacuating: it is drained, and its sandboxes are stopped and archived."""
 
     name: str
     url: str = ""
@@ -327,6 +331,7 @@ class WorkerInfo(Answer):
     epoch: int = 0
     beat: int = 0
     draining: bool = False
+    evacuating: bool = False
     version: str = ""
     age: float = 0.0
     holder: str = Field(default="", exclude=True)

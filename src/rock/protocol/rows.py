@@ -268,7 +268,13 @@ def control_rows() -> Iterator[Route]:
               "Connection in the reverse direction, of a worker without inbound ports (rocklets only)")  # fmt: skip
     yield row("list_workers", "GET", "/v1/workers", "control", "List workers, including lost ones", "", "WorkerList")
     yield row(
-        "drain_worker", "POST", w + "/drain", "control", "Drain a worker: it gets no more sandboxes", "", "WorkerInfo"
+        "drain_worker",
+        "POST",
+        w + "/drain",
+        "control",
+        "Drain a worker: it gets no more sandboxes; ?archive=1 stops and archives those that retain their files",
+        "?archive",
+        "WorkerInfo",
     )
     yield row(
         "undrain_worker",

@@ -74,6 +74,7 @@ class Cause(StrEnum):
     START_FAILED = "start_failed"
     EXITED = "exited"  # its pid 1 ended by itself, possibly by code inside
     LOST = "lost"  # its machine, or the service that runs its sandboxes, was lost
+    DRAINED = "drained"  # its machine leaves: its files are archived, and a restart continues on another machine
 
 
 @_plain

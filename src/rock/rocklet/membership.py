@@ -84,6 +84,7 @@ class Membership:
         self._until = float("-inf")  # the end of the lease
         self._stop_at = float("inf")  # when the policy "stop" ends the running sandboxes
         self._leaving = False
+        self._evacuate = False
         self._again = asyncio.Event()  # a later epoch is known: send a heartbeat at once
         self._images: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -115,6 +116,11 @@ class Membership:
         self._leaving = True
         self._node.limit = 0
         self._again.set()
+
+    def evacuate(self) -> None:
+        """The same, and the server archives the sandboxes that can be archived."""
+        self.leave()
+        self._evacuate = True
 
     async def close(self) -> None:
         """Stop the heartbeats. Sandboxes stay unchanged, for the next rocklet of this machine."""
@@ -242,7 +248,7 @@ class Membership:
     async def _status(self) -> NodeStatus:
         status = await self._node.status()
         images = list(dict.fromkeys([*status.images, *self._images]))[:_MOST_IMAGES]
-        return status.model_copy(update={"images": images, "host_ip": self._host})
+        return status.model_copy(update={"images": images, "host_ip": self._host, "evacuate": self._evacuate})
 
     async def _look_at_images(self) -> None:
         """A task apart from the heartbeat, which waits for no thread."""

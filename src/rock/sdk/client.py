@@ -326,10 +326,12 @@ class Client(primitives.Face):
         """The machines that sandboxes are on, lost ones too. Forbidden."""
         return parse(WorkerList, await self.transport.json("GET", ROUTES["list_workers"].path)).items
 
-    async def drain_worker(self, name: str, draining: bool = True) -> WorkerInfo:
-        """Whether a worker that joined gets no more sandboxes; it keeps those that it has. NotFound."""
+    async def drain_worker(self, name: str, draining: bool = True, *, archive: bool = False) -> WorkerInfo:
+        """Whether a worker that joined gets no more sandboxes; it keeps those that it has. archive: sandboxes that
+        retain their files are stopped and archived, and can be restarted on another worker. NotFound, Unsupported."""
         row = ROUTES["drain_worker" if draining else "undrain_worker"]
-        return parse(WorkerInfo, await self.transport.json("POST", row.url(worker=name)))
+        target = row.url(worker=name) + query_string({"archive": (archive and draining) or None})
+        return parse(WorkerInfo, await self.transport.json("POST", target))
 
     async def remove_worker(self, name: str, *, force: bool = False) -> WorkerInfo:
         """Forget a worker that is lost; with `force` it is taken for lost first, and its sandboxes are over. NotFound,

@@ -321,7 +321,7 @@ def fitting(quota: Quota, used: Used, config: SandboxConfig, count: int) -> int:
 #
 # The workers that joined: one row each. An update requires the epoch and the heartbeat that were read.
 
-COLUMNS = "name, holder, url, epoch, beat, lost, draining, version, status"
+COLUMNS = "name, holder, url, epoch, beat, lost, draining, evacuating, version, status"
 
 
 class Workers(Protocol):
@@ -340,8 +340,8 @@ class Workers(Protocol):
         """Declare it lost: its epoch is over. False when it has another epoch, or sent a heartbeat since `beat`."""
         ...
 
-    async def drain(self, name: str, draining: bool) -> WorkerInfo:
-        """Set whether it accepts no more sandboxes. NotFound."""
+    async def drain(self, name: str, draining: bool, evacuating: bool = False) -> WorkerInfo:
+        """Set whether it accepts no more sandboxes, and whether those that it has are archived. NotFound."""
         ...
 
     async def remove(self, name: str) -> None:
@@ -355,10 +355,11 @@ class Workers(Protocol):
 
 def loaded(row: Any) -> WorkerInfo:
     """A worker from a row with COLUMNS, and the seconds since its last heartbeat."""
-    name, holder, url, epoch, beat, lost, draining, version, status, age = row
+    name, holder, url, epoch, beat, lost, draining, evacuating, version, status, age = row
     state = WorkerState.LOST if lost else WorkerState.DRAINING if draining else WorkerState.READY
     return WorkerInfo(name=name, holder=holder, url=url, epoch=epoch, beat=beat, state=state, draining=bool(draining),
-                      version=version, status=NodeStatus.model_validate_json(status), age=max(age, 0.0))  # fmt: skip
+                      evacuating=bool(evacuating), version=version, status=NodeStatus.model_validate_json(status),
+                      age=max(age, 0.0))  # fmt: skip
 
 
 def next_epoch(known: WorkerInfo | None, spec: JoinWorker) -> int:

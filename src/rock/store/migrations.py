@@ -243,6 +243,9 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX recorded_key ON recorded (sandbox, key)",
     ),
+    (  # 14: whether the sandboxes of a drained worker are archived
+        "ALTER TABLE worker ADD COLUMN evacuating INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -438,5 +441,8 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (sandbox, number)
         )""",
         "CREATE INDEX recorded_key ON recorded (sandbox, key)",
+    ),
+    (  # 12: the archives of a drain, as in SQLite's version 14
+        "ALTER TABLE worker ADD COLUMN evacuating boolean NOT NULL DEFAULT false",
     ),
 )

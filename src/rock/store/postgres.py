@@ -517,9 +517,10 @@ class PostgresWorkers:
             )  # fmt: skip
         return done is not None
 
-    async def drain(self, name: str, draining: bool) -> WorkerInfo:
+    async def drain(self, name: str, draining: bool, evacuating: bool = False) -> WorkerInfo:
         async with self._transaction() as db:
-            await db.execute("UPDATE worker SET draining = $1 WHERE name = $2", draining, name)
+            text = "UPDATE worker SET draining = $1, evacuating = $2 WHERE name = $3"
+            await db.execute(text, draining, evacuating, name)
             return await _known(db, name)
 
     async def remove(self, name: str) -> None:

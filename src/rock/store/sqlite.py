@@ -560,9 +560,9 @@ class SqliteWorkers:
         done: bool = self._do(work)
         return done
 
-    async def drain(self, name: str, draining: bool) -> WorkerInfo:
+    async def drain(self, name: str, draining: bool, evacuating: bool = False) -> WorkerInfo:
         def work(db: sqlite3.Connection) -> WorkerInfo:
-            db.execute("UPDATE worker SET draining = ? WHERE name = ?", (draining, name))
+            db.execute("UPDATE worker SET draining = ?, evacuating = ? WHERE name = ?", (draining, evacuating, name))
             return _known(db, name)
 
         return self._in(work)

@@ -289,9 +289,12 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return WorkerList(items=await worker_registry.infos())
 
     @app.post(**_row("drain_worker", WorkerInfo, "workers"))
-    async def drain_worker(worker: str) -> WorkerInfo:
-        """Drain a worker: it retains its current sandboxes, and gets no more."""
-        return await worker_registry.drain(worker, True)
+    async def drain_worker(worker: str, archive: bool = False) -> WorkerInfo:
+        """Drain a worker: it retains its current sandboxes, and gets no more. archive: those that retain their files
+        are stopped and archived, and can be restarted on another worker. Unsupported without an archive."""
+        if archive:
+            service.archive.check_there()
+        return await worker_registry.drain(worker, True, archive)
 
     @app.post(**_row("undrain_worker", WorkerInfo, "workers"))
     async def undrain_worker(worker: str) -> WorkerInfo:

@@ -150,6 +150,10 @@ class Archive:
         if self._blobs is not None:
             await self._blobs.close()
 
+    def check_there(self) -> None:
+        """Unsupported on a server without an archive."""
+        self._there()
+
     def _there(self) -> Blobs:
         if self._blobs is None:
             raise Unsupported("the archive feature is disabled on this server", hint="set ROCK_ARCHIVE on the server")
@@ -158,7 +162,7 @@ class Archive:
     def check(self, config: SandboxConfig) -> None:
         """Unsupported for a sandbox that cannot be archived as its config requests."""
         if config.auto_archive_seconds is not None:
-            self._there()
+            self.check_there()
 
     # ---- archive ----
 

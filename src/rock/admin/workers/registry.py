@@ -339,11 +339,16 @@ class WorkerRegistry(Mapping[str, Worker]):
             await self._learn(info)  # from here on it may get sandboxes
         return self._leased(info)
 
-    async def drain(self, name: str, draining: bool) -> WorkerInfo:
-        """Set whether a worker is drained. NotFound."""
-        info = await self._table().drain(name, draining)
+    async def drain(self, name: str, draining: bool, evacuating: bool = False) -> WorkerInfo:
+        """Set whether a worker is drained, and whether its sandboxes are archived. NotFound."""
+        info = await self._table().drain(name, draining, evacuating)
         await self.refresh()
         return info
+
+    def evacuating(self) -> list[str]:
+        """Workers whose sandboxes are to be archived: by a drain, or as the worker itself requests."""
+        infos = [member.info for member in self._members.values()]
+        return [one.name for one in infos if one.evacuating or (one.status is not None and one.status.evacuate)]
 
     async def lose(self, info: WorkerInfo, surely: bool = False) -> bool:
         """Declare a silent worker lost; with `surely`, also when it sent a heartbeat meanwhile."""

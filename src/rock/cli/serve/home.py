@@ -84,8 +84,9 @@ class Home:
         self._lock = lock
 
     def write(self, host: str, port: int, tls_cert: str = "", joins: bool = False) -> None:
-        """joins: it is a rocklet that joins a server, which SIGUSR1 drains."""
-        note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert, "joins": joins}
+        """joins: it is a rocklet that joins a server, which SIGUSR1 drains, and SIGUSR2 with archives."""
+        note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert, "joins": joins,
+                "evacuates": joins}  # fmt: skip
         try:
             atomic_file.replace(self.folder / OWNER_KEY, self.owner_key + "\n")
             atomic_file.replace(self.note, json.dumps(note))

@@ -442,6 +442,7 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         membership = server.membership if isinstance(server, Rocklet) else None
         if membership is not None:  # rock worker drain --self
             asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, membership.leave)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, membership.evacuate)
         with stop_on_signals(http, drain):
             serving: asyncio.Task[None] | None = None
             if processes is not None:  # they join by one of the sockets
