@@ -96,13 +96,13 @@ def test_sandboxes_continue_on_another_worker(site: Site) -> None:
         assert client.get_sandbox(other.sandbox_id).state is State.RUNNING
         for number, box in enumerate(kept):
             assert client.restart_sandbox(box.sandbox_id).worker == "w2"
-            assert Sandbox.connect(box.sandbox_id, base_url=site.front.url, api_key=KEY).run("cat /root/state").output == (
-                f"{number}\n")  # fmt: skip
+            again = Sandbox.connect(box.sandbox_id, base_url=site.front.url, api_key=KEY)
+            assert again.run("cat /root/state").output == f"{number}\n"
         assert not client.drain_worker("w1", False).evacuating
 
 
 def test_a_machine_drains_itself_while_the_server_restarts(site: Site) -> None:
-    """`rock worker drain --self --wait N --archive M`, the preStop hook: the server is killed after the first archive."""
+    """`rock worker drain --self --wait N --archive M`, the preStop hook; the server is killed meanwhile."""
     boxes = [site.sandbox("w2", retain=3600) for _ in range(6)]
     for box in boxes:
         box.run("head -c 1000000 /dev/urandom > /root/data; sha256sum /root/data > /root/sum")
