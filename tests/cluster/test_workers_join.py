@@ -147,6 +147,23 @@ def test_a_restart_within_the_lease_changes_nothing(tmp_path: Path) -> None:
         site.end()
 
 
+def test_an_outage_of_a_worker_is_logged_once(tmp_path: Path) -> None:
+    """The pauses between attempts grow to a few seconds, and the worker is followed again afterwards."""
+    site = Site(tmp_path, "120", "144")
+    try:
+        one = site.join("one", ROCK_RUNTIME="fake")
+        port = one.note()
+        assert port is not None
+        one.kill()
+        until(lambda: "events of worker one" in site.server.log(), 20)
+        time.sleep(4.0)  # at least two more attempts fail
+        one.start(port)
+        until(lambda: "events of worker one: available again" in site.server.log(), 20)
+        assert site.server.log().count("events of worker one") == 2
+    finally:
+        site.end()
+
+
 @LONG
 def test_a_worker_keeps_what_nobody_took_for_lost(site: Site) -> None:
     """The only server is away for longer than a lease: a worker that keeps its sandboxes has them afterwards, one that

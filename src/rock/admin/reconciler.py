@@ -117,6 +117,7 @@ reconciler_log = logging.getLogger("rock.reconciler")
 TOMBSTONES = 24 * 3600.0  # seconds for which the record of a stopped sandbox is retained
 _POLL = 30.0
 _RETRY = 1.0
+_LONGEST_RETRY = 5.0  # so a worker that returns is followed again within this time
 _LIST = 30.0  # timeout in seconds for the list of a worker's sandboxes
 _ANOTHERS = 10.0  # seconds after which an unfinished step of another admin is continued
 _UNSETTLED = (State.PENDING, State.RUNNING, State.STOPPING, State.ARCHIVING, State.ARCHIVED)
@@ -128,6 +129,28 @@ class _Here:
 
     alive: Set[str] = frozenset()
     all: Set[str] = frozenset()
+
+
+class _Outage:
+    """Attempts that fail: one log line at the first and one at the end, with growing pauses between."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._began: float | None = None
+        self._pause = _RETRY
+
+    async def failed(self, error: object) -> None:
+        """Wait before the next attempt."""
+        if self._began is None:
+            self._began = time.monotonic()
+            reconciler_log.warning("%s: %s; trying again", self._what, error)
+        await asyncio.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_RETRY)
+
+    def over(self) -> None:
+        if self._began is not None:
+            reconciler_log.info("%s: available again after %.0f s", self._what, time.monotonic() - self._began)
+        self._began, self._pause = None, _RETRY
 
 
 class Reconciler:
@@ -184,6 +207,7 @@ class Reconciler:
 
     async def _welcome(self, worker: Worker) -> None:
         """Settle the sandboxes of a worker that joined, then follow its events."""
+        outage = _Outage(f"settling worker {worker.name}")
         while True:
             try:
                 here = await self._here(worker)
@@ -193,9 +217,11 @@ class Reconciler:
                     await self.service.volumes.settle(worker)
                     await self.service.snapshots.settle(worker)
                     break
+                failed: object = "its list of sandboxes is not available"
             except Exception as error:
-                reconciler_log.warning("settling worker %s: %r; trying again", worker.name, error)
-            await asyncio.sleep(_RETRY)
+                failed = error
+            await outage.failed(failed)
+        outage.over()
         await self._follow(worker)
 
     def _track(self, task: asyncio.Task[None]) -> None:
@@ -314,7 +340,9 @@ class Reconciler:
                     record.id, Event.ENDED, cause=Cause.LOST, reason="it was gone when the server came back"
                 )
         except RockError as error:
-            reconciler_log.error("settling %s: %s", record.id, error)
+            reconciler_log.error("settling %s: %s; trying again in %g s", record.id, error, _POLL)
+            self._unfinished.add(record.id)
+            self._push(time.time() + _POLL, record.id)
 
     async def _has(self, record: Record) -> bool:
         """Whether its worker has it now: it may have been made after the worker sent its list."""
@@ -494,9 +522,11 @@ class Reconciler:
 
     async def _follow(self, worker: Worker) -> None:
         after, boot = 0, self._boots.pop(worker.name, "none")
+        outage = _Outage(f"events of worker {worker.name}")
         while True:
             try:
                 news = await worker.events(after, _POLL, boot)
+                outage.over()
                 if news.boot != boot:
                     # the worker restarted, perhaps twice: events of a run between may be lost, with its sandboxes
                     await self._compare(worker)
@@ -507,8 +537,7 @@ class Reconciler:
                         await self._ended(event, worker.name)
                     after = max(after, event.number)  # only after the end is recorded
             except Exception as error:
-                reconciler_log.warning("events of worker %s: %s", worker.name, error)
-                await asyncio.sleep(_RETRY)
+                await outage.failed(error)
 
     async def _compare(self, worker: Worker) -> None:
         """Check the sandboxes that should run on a restarted worker."""

@@ -299,8 +299,7 @@ class Service:
         accepted, and the leader completes it when the cluster responds."""
         record = await self.records.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
         if record.state is State.STOPPING:
-            reservations = self.placer.reservations
-            later = reservations is not None and reservations.exclusive
+            later = self.placer.exclusive
             try:
                 async with asyncio.timeout(_CLUSTER if later else None):
                     record = await self.finish_stop(record)
@@ -315,8 +314,7 @@ class Service:
         return record.info
 
     async def finish_stop(self, record: Record) -> Record:
-        reservations = self.placer.reservations
-        if record.info.worker is None or (reservations is not None and reservations.exclusive):
+        if record.info.worker is None or self.placer.exclusive:
             await self.start_tasks.give_up(record.id)  # else it would make the machine, or be placed, later
         if record.info.archive is not None:
             return await self._give_up_restore(record)

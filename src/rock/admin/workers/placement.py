@@ -48,6 +48,11 @@ class Placer:
         self._failed: RockError | None = None
         self._placed: dict[str, list[tuple[str, float]]] = {}  # (worker, GPUs) by the sandboxes that start there
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether each sandbox has a worker of its own, which ends with it."""
+        return self.reservations is not None and self.reservations.exclusive
+
     async def close(self) -> None:
         if self._asking is not None:
             self._asking.cancel()
