@@ -69,6 +69,8 @@ nacos://HOST:PORT/DATA_ID, or api: docs/guides/configuration.md |
 unless it is set |
 | ROCK_LEASE_LOST | keep | of a rocklet: its sandboxes while no server responds: keep, or stop after 2/3 of the grace \
 period |
+| ROCK_DIRECT | machine | where clients send requests to the worker of a sandbox instead of the proxy: off; machine: \
+the processes of --workers; all: also workers that joined by an address. In a client: off never does so |
 | ROCK_SCHEDULER | local | "ray": a Ray cluster decides the placement, docs/guides/ray.md; "kubernetes": one pod for \
 each sandbox, docs/guides/kubernetes.md |
 | ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
@@ -184,6 +186,11 @@ def client_file(path: str) -> dict[str, str]:
     if parser.has_section("rock.extra_headers"):
         found["ROCK_EXTRA_HEADERS"] = json.dumps(dict(parser.items("rock.extra_headers")))
     return found
+
+
+def direct() -> bool:
+    """ROCK_DIRECT: whether the SDK sends requests to workers, where the server permits it."""
+    return os.environ.get("ROCK_DIRECT", "") != "off"
 
 
 def trace() -> bool:
@@ -339,6 +346,8 @@ class Settings:
     worker_name: str = ""
     tunnel: str = ""
     advertise: str = ""
+    direct: str = "machine"
+    direct_host: str = field(default="", metadata={"internal": True})
     scheduler: str = "local"
     ray_address: str = ""
     ray_home: str = "~/.rock-ray"
@@ -480,6 +489,7 @@ class Settings:
             ("worker_name", str),
             ("tunnel", str),
             ("advertise", str),
+            ("direct", str),
             ("scheduler", str),
             ("ray_address", str),
             ("ray_home", str),

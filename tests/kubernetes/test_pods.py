@@ -34,7 +34,8 @@ MANY = int(os.environ.get("ROCK_TEST_PODS") or (1000 if FULL else 40))
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("pods"), nodes={"node-1": 5000, "node-2": 5000})
+    # 1,000 rocklets have more files than one process may open
+    world = World(tmp_path_factory.mktemp("pods"), nodes={"node-1": 5000, "node-2": 5000}, processes=3 if FULL else 0)
     world.start()
     yield world
     world.stop()

@@ -408,6 +408,16 @@ export interface CreateVolume {
   worker?: string | null;
 }
 
+/** Where a client sends requests of the data plane of one sandbox. url: of its worker; "" for one on the machine of the server: path is its Unix socket, for clients of the same user on that machine, and port its port, 0 for none. token: sent as `Authorization: Bearer TOKEN`. proof: the header X-ROCK-Direct of each response, by which a client recognizes the worker. seconds: for which the token is valid. */
+export interface DirectAccess {
+  url?: string;
+  path?: string;
+  port?: number;
+  token: string;
+  proof: string;
+  seconds: number;
+}
+
 /** The address at which a client on the server's own machine may borrow the pipes of an environment (rocklet/environments/local_socket.py). */
 export interface Door {
   path: string;
@@ -730,7 +740,7 @@ export interface NextCall {
   waiting?: number;
 }
 
-/** Resources of a worker: cores, total and free bytes of memory, current and maximum number of sandboxes. load: programs that run or wait for a core, averaged over the last minute. images: names of some images on its disk, the last used first. memory_pressure: percent of the last ten seconds in which a process waited for memory; None where the kernel does not report it. accelerators: kinds of its `gpus`. fetching: progress of the images that sandboxes wait for, by name. evacuate: this machine will end, and its sandboxes are to be archived. */
+/** Resources of a worker: cores, total and free bytes of memory, current and maximum number of sandboxes. load: programs that run or wait for a core, averaged over the last minute. images: names of some images on its disk, the last used first. memory_pressure: percent of the last ten seconds in which a process waited for memory; None where the kernel does not report it. accelerators: kinds of its `gpus`. fetching: progress of the images that sandboxes wait for, by name. evacuate: this machine will end, and its sandboxes are to be archived. direct_port: of a process of the server's machine, for direct requests. */
 export interface NodeStatus {
   host_name: string;
   host_ip: string;
@@ -751,6 +761,7 @@ export interface NodeStatus {
   gpus_free?: number;
   accelerators?: string[];
   evacuate?: boolean;
+  direct_port?: number;
 }
 
 /** A request for a sandbox that can host `env_id`. Environments of one package set share a sandbox, with one process each; `exclusive` requests a sandbox of its own. `config`: limits and image, when the defaults do not fit. protocol: the family of the environment: GEM, Gymnasium, or a task of the training set `env_id`. packages: additional packages, as pip names them; wheels only. image: host it with the Python of this image, which has gymnasium; no packages are installed then. */
@@ -1407,6 +1418,7 @@ export const ROUTES = {
   delete_snapshot: ["DELETE", "/v1/snapshots/{snapshot}"],
   delete_upstream: ["DELETE", "/v1/gateway/upstreams/{upstream}"],
   delete_volume: ["DELETE", "/v1/volumes/{volume}"],
+  direct_access: ["GET", "/v1/sandboxes/{sandbox_id}/direct"],
   download_dir: ["GET", "/v1/sandboxes/{sandbox_id}/files/archive"],
   drain_worker: ["POST", "/v1/workers/{worker}/drain"],
   end_run: ["POST", "/v1/runs/{run}/end"],

@@ -19,10 +19,11 @@ from dataclasses import replace
 from rock.admin.configuration import LiveConfiguration
 from rock.admin.sandboxes.environment_hosts import env_host
 from rock.admin.sandboxes.service import Service
-from rock.errors import Conflict, Forbidden, InvalidConfig, no_such_sandbox
+from rock.errors import Conflict, Forbidden, InvalidConfig, Unavailable, Unsupported, no_such_sandbox
 from rock.http.asgi import Scope
+from rock.http.direct import LIFETIME, Grant, proof_of, signed
 from rock.protocol import egress
-from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
+from rock.protocol.action import ConnectionList, DirectAccess, GroupInfo, GroupRequest
 from rock.protocol.configuration import QuotaRules, TemplateRules
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, Quota, caller_of, digest_of
@@ -36,6 +37,7 @@ from rock.protocol.sandbox import (
     Isolation,
     SandboxConfig,
     SandboxInfo,
+    State,
     UpdateSandbox,
 )
 from rock.protocol.snapshots import CheckpointRequest, Forkable, ForkRequest, ForkResult, SnapshotInfo
@@ -160,6 +162,24 @@ class TenantService:
     async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
         await self._own(sandbox_id)
         return await self._service.get(sandbox_id, wait=wait, touch=touch, usage=usage)
+
+    async def direct(self, sandbox_id: str) -> DirectAccess:
+        """Where the caller reaches the worker of a running sandbox, for a short time. Unsupported, Unavailable."""
+        record = await self.load(sandbox_id)
+        if record.config.record:
+            raise Unsupported("requests to a recorded sandbox pass the server", sandbox_id=sandbox_id,
+                              hint="send them to the server")  # fmt: skip
+        info = self._service.workers.joined(record.info.worker or "")
+        if record.state is not State.RUNNING or info is None:
+            raise Unavailable(f"sandbox {sandbox_id} has no worker that accepts direct requests now",
+                              sandbox_id=sandbox_id, hint="send requests to the server")  # fmt: skip
+        found = self._service.workers.direct(info)
+        if found is None:
+            raise Unsupported("this server offers no direct requests to its workers",
+                              hint="ROCK_DIRECT=all permits them", details={"server": True})
+        where, key = found
+        token = signed(Grant(info.name, info.epoch, sandbox_id, self.caller, time.time() + LIFETIME), key)
+        return DirectAccess(**where, token=token, proof=proof_of(token, key), seconds=LIFETIME)
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
         await self._own(sandbox_id)

@@ -508,6 +508,20 @@ class Connection(Answer):
     received: int = 0
 
 
+class DirectAccess(Answer):
+    """Where a client sends requests of the data plane of one sandbox. url: of its worker; "" for one on the machine of
+    the server: path is its Unix socket, for clients of the same user on that machine, and port its port, 0 for none.
+    token: sent as `Authorization: Bearer TOKEN`. proof: the header X-ROCK-Direct of each response, by which a client
+    recognizes the worker. seconds: for which the token is valid."""
+
+    url: str = ""
+    path: str = ""
+    port: int = 0
+    token: str = Field(repr=False)
+    proof: str = Field(repr=False)
+    seconds: float
+
+
 class ConnectionList(Answer):
     """The last connections of a sandbox, oldest first. total: number of all; dropped: number of those no longer
     stored."""

@@ -128,7 +128,8 @@ class NodeStatus(Answer):
     programs that run or wait for a core, averaged over the last minute. images: names of some images on its disk, the
     last used first. memory_pressure: percent of the last ten seconds in which a process waited for memory; None where
     the kernel does not report it. accelerators: kinds of its `gpus`. fetching: progress of the images that sandboxes
-    wait for, by name. evacuate: this machine will end, and its sandboxes are to be archived."""
+    wait for, by name. evacuate: this machine will end, and its sandboxes are to be archived. direct_port: of a
+    process of the server's machine, for direct requests."""
 
     host_name: str
     host_ip: str
@@ -149,6 +150,7 @@ class NodeStatus(Answer):
     gpus_free: int = 0
     accelerators: list[str] = Field(default_factory=list, max_length=64)
     evacuate: bool = False
+    direct_port: int = Field(default=0, ge=0, le=65535)
 
 
 class WorkerImage(Wire):

@@ -123,13 +123,14 @@ def name_of(method: str, path: str) -> str:
 
 Role = Literal["write", "read"]
 
+DIRECT = "x-rock-direct"  # the proof of a worker, in responses to direct requests
 PREFIX = "/v1/sandboxes/"
 PAGE = "/ui"  # the web page; the API below it accepts its sessions
 PAGE_API = PAGE + "/v1/"
 BUILD = ROUTES["build_image"].path
 _CALLS = ROUTES["cancel_call"].path.partition("{")[0]
 _CONTROL = {"stop", "pause", "resume", "restart", "archive", "commit", "connections", "checkpoint", "rollback", "fork",
-            "forkable"}
+            "forkable", "direct"}
 _ROCK, _GEM, _TRAINING = "/apis/envs/sandbox/v1/", "/apis/v1/envs/gem/", "/apis/training/"
 _E2B, _E2B_WRITES = "/e2b/", ("v2/sandboxes", "sandboxes", "templates", "v2/templates", "v3/templates")
 _ROCK_WRITES = {"start", "start_async", "stop", "delete", "restart", "commit"}

@@ -69,6 +69,9 @@ def control_rows() -> Iterator[Route]:
               "CheckpointRequest", "SnapshotInfo")  # fmt: skip
     yield row("rollback_sandbox", "POST", _S + "/rollback", "control", "Return a running sandbox to a snapshot",
               "RollbackRequest", "SandboxInfo")  # fmt: skip
+    yield row("direct_access", "GET", _S + "/direct", "control",
+              "The address of its worker and a token, for requests of the data plane without the proxy", "",
+              "DirectAccess")  # fmt: skip
     yield row("forkable_sandbox", "GET", _S + "/forkable", "control",
               "The level that a checkpoint would have now, and why", "", "Forkable")  # fmt: skip
     yield row("fork_sandbox", "POST", _S + "/fork", "control", "Take a snapshot, and start sandboxes from it",

@@ -83,6 +83,7 @@ class Membership:
         self._lease: WorkerLease | None = None
         self._until = float("-inf")  # the end of the lease
         self._stop_at = float("inf")  # when the policy "stop" ends the running sandboxes
+        self.direct_port = 0  # for direct requests, at another port than commands
         self._leaving = False
         self._evacuate = False
         self._again = asyncio.Event()  # a later epoch is known: send a heartbeat at once
@@ -97,6 +98,10 @@ class Membership:
     def holds(self) -> bool:
         """Whether the lease is valid now."""
         return self._lease is not None and _now() < self._until
+
+    def lease(self) -> tuple[str, int] | None:
+        """The name and the epoch of this worker, while its lease is valid."""
+        return (self._joining.name, self._epoch) if self.holds else None
 
     async def open(self) -> None:
         """Join, or retry in the background. Raises errors that require a change of this rocklet's settings."""
@@ -248,7 +253,8 @@ class Membership:
     async def _status(self) -> NodeStatus:
         status = await self._node.status()
         images = list(dict.fromkeys([*status.images, *self._images]))[:_MOST_IMAGES]
-        return status.model_copy(update={"images": images, "host_ip": self._host, "evacuate": self._evacuate})
+        return status.model_copy(update={"images": images, "host_ip": self._host, "evacuate": self._evacuate,
+                                         "direct_port": self.direct_port})  # fmt: skip
 
     async def _look_at_images(self) -> None:
         """A task apart from the heartbeat, which waits for no thread."""

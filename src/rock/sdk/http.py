@@ -23,6 +23,7 @@ class Address:
     port: int
     tls: bool
     path: str
+    unix: str = ""  # the path of a Unix socket, in place of host and port
 
     @classmethod
     def parse(cls, base_url: str) -> Address:

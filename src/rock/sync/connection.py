@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import socket
 import ssl
+import struct
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -41,6 +43,8 @@ class Connection:
     @classmethod
     def open(cls, address: Address, timeout: float | None, context: ssl.SSLContext | None = None) -> Connection:
         """Connect to the first address of the host that answers. OSError, TimeoutError."""
+        if address.unix:
+            return cls._open_unix(address.unix, timeout)
         failure: OSError = OSError(f"{address.host} has no address")
         for family, kind, protocol, _, target in primitives.resolve(address.host, address.port):
             sock = socket.socket(family, kind, protocol)
@@ -58,6 +62,25 @@ class Connection:
                 sock.close()
                 raise
         raise failure
+
+    @classmethod
+    def _open_unix(cls, path: str, timeout: float | None) -> Connection:
+        """Connect to a Unix socket of this user or of root. Its path may be longer than the kernel takes. OSError."""
+        folder, _, name = path.rpartition("/")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                primitives.connect(sock, f"/proc/self/fd/{place}/{name}", timeout)
+            finally:
+                os.close(place)
+            _, owner, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if owner not in (0, os.geteuid()) and os.geteuid() != 0:
+                raise PermissionError(f"{path} is served by another user")
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
 
     def send(self, data: bytes | memoryview, timeout: float | None) -> None:
         if self._tls is None:

@@ -22,9 +22,21 @@ from typing import Any, Self
 import orjson
 
 from rock import errors, settings
-from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN, OTHER_KEY, SENT, UNSENT, role_for
+from rock.protocol.routes import (
+    DIRECT,
+    ERROR_CODE,
+    LOST_CONTACT,
+    NOTHING_BEGUN,
+    OTHER_KEY,
+    ROUTES,
+    SENT,
+    UNSENT,
+    role_for,
+)
 from rock.sync import primitives
 from rock.sync.connection import Connection
+from rock.sync.direct import CONNECT_TIMEOUT as DIRECT_TIMEOUT
+from rock.sync.direct import DirectRequests, Target
 from rock.sdk.http import Address, Answer, Source, header_lines
 from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
@@ -82,6 +94,17 @@ class Transport:
         self._one = next(iter(made.values())) if len(made) == 1 else None
         self._write = [made[address] for address in servers.write]
         self._read = [made[address] for address in servers.read]
+        self._direct: DirectRequests[_Server] | None = None
+        if settings.direct():
+            self._direct = DirectRequests(self.address, self._worker, self._access)
+
+    def _worker(self, address: Address, token: str) -> _Server:
+        """The worker of a sandbox. It gets the token only, no key."""
+        return _Server(address, {"authorization": f"Bearer {token}"}, DIRECT_TIMEOUT, None)
+
+    def _access(self, sandbox_id: str) -> Any:
+        target = ROUTES["direct_access"].url(sandbox_id=sandbox_id)
+        return self.json("GET", target, timeout=5.0, deadline=0.0)
 
     @property
     def address(self) -> Address:
@@ -194,7 +217,12 @@ class Transport:
         content_type: str,
         whole: bool = False,
     ) -> tuple[_Server, Connection, Answer]:
-        """With the first server of the role that takes a connection; one that does not is asked last from then on."""
+        """With the worker itself where that is possible, else with the first server of the role that takes a
+        connection; one that does not is asked last from then on."""
+        if self._direct is not None and (direct := self._direct.target(target)) is not None:
+            found = self._at_worker(direct, method, target, body, timeout, key, content_type, whole)
+            if found is not None:
+                return found
         if self._one is not None:
             return self._one, *self._one.exchange(method, target, body, timeout, key, content_type, whole)
         writes = role_for(method, target.partition("?")[0]) == "write"
@@ -212,6 +240,41 @@ class Transport:
                     self._read = [*rest, server]
         last = servers[-1]
         return last, *last.exchange(method, target, body, timeout, key, content_type, whole)
+
+
+    def _at_worker(
+        self,
+        direct: Target[_Server],
+        method: str,
+        target: str,
+        body: Body,
+        timeout: float | None,
+        key: str | None,
+        content_type: str,
+        whole: bool,
+    ) -> tuple[_Server, Connection, Answer] | None:
+        """The answer of the worker; None when the server has to be asked, because nothing was begun there."""
+        server = direct.server
+        assert server is not None
+        try:
+            connection, answer = server.exchange(method, target, body, timeout, key, content_type, whole)
+        except errors.Unavailable as error:
+            direct.failed()
+            if error.details.get("unsent") and isinstance(body, bytes):
+                return None
+            raise
+        except errors.ServerError:  # not HTTP
+            direct.failed()
+            raise errors.Unavailable(f"{server.url} is not the worker", hint="try again", details=SENT) from None
+        elsewhere = answer.status == errors.NotHere.status and answer.headers.get(ERROR_CODE) == errors.NotHere.code
+        if answer.headers.get(DIRECT) == direct.proof and not elsewhere:
+            return server, connection, answer
+        if not whole:  # else it is released
+            connection.close()
+        direct.failed()
+        if not isinstance(body, bytes):
+            raise errors.Unavailable(f"{server.url} did not accept the request", hint="try again", details=SENT)
+        return None
 
 
 class _Retry:
@@ -276,7 +339,7 @@ class _Server:
         self._common = header_lines(given)
         self._keyed = has_key(given)
         self._traces = settings.trace()
-        self._key = (address.host, address.port, address.tls, ssl_context)
+        self._key = (address.unix or address.host, address.port, address.tls, ssl_context)
         self._place = (address.host, address.port)
 
     @property

@@ -22,8 +22,8 @@ _MOST_LISTED = 2000
 _EQUAL = ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause", "name")
 NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "update_sandbox", "stop_sandbox",
          "pause_sandbox", "resume_sandbox", "checkpoint_sandbox", "rollback_sandbox", "fork_sandbox",
-         "forkable_sandbox", "restart_sandbox", "archive_sandbox", "commit_sandbox", "get_commit", "open_env",
-         "create_group", "get_group", "stop_group")  # fmt: skip
+         "forkable_sandbox", "direct_access", "restart_sandbox", "archive_sandbox", "commit_sandbox", "get_commit",
+         "open_env", "create_group", "get_group", "stop_group")  # fmt: skip
 
 
 class Sandboxes:
@@ -90,6 +90,9 @@ class Sandboxes:
 
     async def forkable_sandbox(self, request: Request) -> Answer:
         return answer_model(await self._tenant_service(request).forkable(request.path["sandbox_id"]))
+
+    async def direct_access(self, request: Request) -> Answer:
+        return answer_model(await self._tenant_service(request).direct(request.path["sandbox_id"]))
 
     async def rollback_sandbox(self, request: Request) -> Answer:
         spec = await request.model(RollbackRequest)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rock.admin.workers.client import Worker
 from rock.errors import Conflict, NotFound, RockError, Unavailable
@@ -66,6 +67,8 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
         self.on_ready: list[Callable[[str], None]] = []
+        # fields of DirectAccess with the address of a worker, and the key that signs tokens for it
+        self.direct: Callable[[WorkerInfo], tuple[dict[str, Any], str] | None] = lambda info: None
         self.check_join: Callable[[JoinWorker], Awaitable[None]] | None = None  # raises for one that must not join
         self.processes: Mapping[str, str] = {}  # URLs by name of the rocklets that this server has started
         self.version = 0  # grows when a worker joins, leaves, or is drained
@@ -344,6 +347,11 @@ class WorkerRegistry(Mapping[str, Worker]):
         info = await self._table().drain(name, draining, evacuating)
         await self.refresh()
         return info
+
+    def joined(self, name: str) -> WorkerInfo | None:
+        """A worker that joined and is not silent."""
+        member = self._members.get(name)
+        return None if member is None or self.is_silent(name) else member.info
 
     def evacuating(self) -> list[str]:
         """Workers whose sandboxes are to be archived: by a drain, or as the worker itself requests."""

@@ -183,6 +183,29 @@ def reach_with(
     return reach
 
 
+def direct_to(
+    settings: Settings, key: str | None, processes: Processes | None = None
+) -> Callable[[WorkerInfo], tuple[dict[str, Any], str] | None]:
+    """Where clients send direct requests to a worker, and the key that signs their tokens; None where they do not.
+    InvalidConfig."""
+    if settings.direct not in ("off", "machine", "all"):
+        raise InvalidConfig(f"ROCK_DIRECT={settings.direct} is not a known choice", hint="use off, machine or all")
+
+    def direct(info: WorkerInfo) -> tuple[dict[str, Any], str] | None:
+        if info.url.startswith(PROCESS):
+            if processes is None or settings.direct == "off":
+                return None
+            port = info.status.direct_port if info.status is not None else 0
+            return {"path": str(processes.direct_socket_of(info.name)), "port": port}, processes.key
+        if settings.direct != "all" or key is None or not info.url.startswith(("http://", "https://")):
+            return None  # tunnels have no address
+        if settings.tls_cert and not info.url.startswith("https://"):
+            return None  # the client uses TLS
+        return {"url": info.url}, pod_key(key, info.name) if info.name.startswith(POD_PREFIX) else key
+
+    return direct
+
+
 def lease_of(settings: Settings) -> Lease:
     """The lease durations of joined workers. Unsupported."""
     return Lease.of(settings.worker_lease, settings.worker_grace)
@@ -252,6 +275,7 @@ class Control:
             self.processes = Processes(settings, processes, settings.api_key or self.home.owner_key)
         self.worker_registry = WorkerRegistry(fixed, apps, lambda: store.workers, reach_with(
             key, tunnels, settings.scheduler == "kubernetes", self.processes), lease_of(settings))  # fmt: skip
+        self.worker_registry.direct = direct_to(settings, key, self.processes)
         self._proxy = Proxy(store, self.worker_registry.apps, builder=RESERVED if self.processes else None)
         settings = replace(settings, archive=settings.archive or ("" if self.processes else "off"))
         roles = ["write", "read"] if role == "all" else [role]

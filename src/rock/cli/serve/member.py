@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from rock import faults
 from rock.cli.serve.home import Home
-from rock.cli.serve.processes import socket_in
-from rock.cli.serve.serve import Rocklet, http_over, prepare_process, run, stop_on_signals, when_input_ends
+from rock.cli.serve.processes import direct_socket_in, socket_in
+from rock.cli.serve.serve import Rocklet, http_over, listen, prepare_process, run, stop_on_signals, when_input_ends
 from rock.errors import Conflict, RockError, ServerError
 from rock.http import unix
 from rock.http.middleware import dropping
 from rock.settings import Settings
 from rock.telemetry import set_up_logs
+
+log = logging.getLogger("rock.server")
 
 _LOCK_WITHIN = 20.0  # seconds for an earlier process with this number to end
 _LOOK = 0.1
@@ -65,26 +69,51 @@ async def serve(settings: Settings) -> None:
     for old in settings.process_dir.glob("*.sock"):
         old.unlink(missing_ok=True)
     listener = unix.listen(socket_in(settings.process_dir, settings.advertise))
+    at = _listen_directly(settings, rocklet)
     try:
         await rocklet.open()
     except BaseException:
-        listener.close()
+        for one in (listener, *at):
+            one.close()
         raise
     try:
         http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, ends_within=1)
+        direct = http_over(rocklet.direct, ends_within=1)
 
         async def drain() -> None:
             rocklet.let_go()
+            direct.should_exit = True
 
         with stop_on_signals(http, drain):
             when_input_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # the sandboxes continue
             gc.freeze()
             gc.enable()
             _say({"pid": os.getpid()})
-            await http.serve(sockets=[listener])
+            async with asyncio.TaskGroup() as group:
+                if at:
+                    group.create_task(direct.serve(sockets=at), name="direct requests")
+                await http.serve(sockets=[listener])
+                direct.should_exit = True
     finally:
+        for one in at:
+            one.close()
         await rocklet.close()
         listener.close()
+
+
+def _listen_directly(settings: Settings, rocklet: Rocklet) -> list[socket.socket]:
+    """Listeners for direct requests of clients: a Unix socket, and with ROCK_DIRECT=all a port at the address of the
+    server."""
+    if settings.direct == "off" or rocklet.membership is None:
+        return []
+    found = [unix.listen(direct_socket_in(settings.process_dir, settings.advertise))]
+    if settings.direct_host:
+        try:
+            found.append(listen(settings.direct_host, 0))
+            rocklet.membership.direct_port = int(found[-1].getsockname()[1])
+        except RockError as error:
+            log.warning("no port for direct requests: %s", error)
+    return found
 
 
 def _say(line: dict[str, object]) -> None:

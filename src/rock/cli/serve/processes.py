@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -137,6 +138,12 @@ def socket_in(folder: Path, url: str) -> Path:
     return folder / f"{url.removeprefix(PROCESS)}.sock"
 
 
+def direct_socket_in(folder: Path, url: str) -> Path:
+    """The socket of a process for direct requests: its name is in the response to any client with access to a sandbox,
+    and says nothing about the other one."""
+    return folder / f"direct-{hashlib.sha256(url.encode()).hexdigest()[:32]}.sock"
+
+
 class Processes:
     """The rocklet processes of a server. count: at least two. key: with which they join, and which they require."""
 
@@ -159,6 +166,10 @@ class Processes:
         """The socket at which a process serves."""
         return socket_in(self._folder / str(self.names.index(name)), self.urls[name])
 
+    def direct_socket_of(self, name: str) -> Path:
+        """The socket at which a process takes direct requests of clients."""
+        return direct_socket_in(self._folder / str(self.names.index(name)), self.urls[name])
+
     def _settings_of(self, number: int) -> Settings:
         shared = self._settings
         folder = self._folder / str(number)
@@ -167,6 +178,7 @@ class Processes:
             host="127.0.0.1", port=0, api_key=self.key, worker_key="", tls_cert="", tls_key="", public_names="",
             join=unix.SCHEME + quote(str(self._folder / SERVER_SOCKET)), worker_name=name_of(number),
             advertise=self.urls[name_of(number)], tunnel="", lease_lost="keep", store="", workers="",
+            direct_host="" if shared.direct != "all" or shared.tls_cert else shared.host,
             drain_seconds=0.0, sandbox_limit=-(-shared.sandbox_limit // self.count),
             pool_size=-(-shared.pool_size // self.count),
         )  # fmt: skip

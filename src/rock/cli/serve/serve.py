@@ -27,7 +27,7 @@ from rock.admin.auth import Authenticated
 from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
-from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, page_of, reach_with
+from rock.cli.serve.control import Control, LocalWorker, direct_to, door_of, lease_of, page_of, reach_with
 from rock.cli.serve.dialects import e2b_of
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway
 from rock.cli.serve.home import Home, Reserve, make_private
@@ -40,6 +40,7 @@ from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.host import resources
 from rock.http.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.http.connections import HEAD_WITHIN, Admission, HttpConnection
+from rock.http.direct import DirectRequests
 from rock.http.forwarding import RemoteApp
 from rock.http.middleware import dropping
 from rock.http.relay import RelayedCalls
@@ -177,8 +178,10 @@ class Rocklet:
             fenced if self.membership is None else self.membership.over(fenced), settings.reconnect_timeout
         )
         self.observed = observe(settings, "rocklet", node=self.node)
-        self.app = self.observed.over(Authenticated(self.observed.measured(app), settings.api_key,
-                                                    **door_of(settings, self.home)))  # fmt: skip
+        checked = Authenticated(self.observed.measured(app), settings.api_key, **door_of(settings, self.home))
+        lease = self.membership.lease if self.membership is not None else lambda: None
+        self.app = self.observed.over(DirectRequests(checked, settings.api_key, lease))
+        self.direct = self.observed.over(DirectRequests(checked, settings.api_key, lease, only=True))
 
     def let_go(self) -> None:
         """Prepare for a stop of the server."""
@@ -272,6 +275,7 @@ class Server:
         tunnels = Tunnels()
         worker_registry = WorkerRegistry(fixed, {name: self.rocklet.router}, lambda: self.store.workers,
                       reach_with(settings.worker_key or settings.api_key, tunnels), lease_of(settings))  # fmt: skip
+        worker_registry.direct = direct_to(settings, settings.worker_key or settings.api_key)
         self._proxy = Proxy(self.store, worker_registry.apps, local=name)
         self.admin = Admin(settings, self.store, worker_registry, ["write", "read", "worker"], self._proxy,
                            tunnels)  # fmt: skip
