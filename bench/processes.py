@@ -3,7 +3,8 @@
 For each number of processes: commands per second in 32 sessions, cycles per second (create, command, stop; 8 at once),
 the CPU milliseconds of all processes of the server for each, the busiest of these processes as a share of one CPU, and
 the memory of the server without sandboxes. The load comes from two client processes. All of them share the CPUs of this
-machine: the ratio shows the overhead on two CPUs, and the busiest process shows what limits a machine with more.
+machine: the ratio shows the overhead on two CPUs. The rate divided by the CPU share of the busiest process is the rate at which
+that process is busy all the time, which limits a machine with more CPUs; its ratio is the second one.
 """
 
 from __future__ import annotations
@@ -118,10 +119,13 @@ def main() -> None:
                     rows[number, kind].append(measure(url, pids, kind, given.seconds, at_once, given.runtime))
     for kind in ("commands", "cycles"):
         first = median(row[0] for row in rows[given.processes[0], kind])
+        limit = median(row[0] / row[2] for row in rows[given.processes[0], kind])
         for number in given.processes:
             rate, each, busiest = (median(column) for column in zip(*rows[number, kind], strict=True))
+            own = median(row[0] / row[2] for row in rows[number, kind])
             print(f"{kind}, {number} processes: {rate:.0f} per second, ratio {rate / first:.2f}, server {each:.2f} ms "
-                  f"of CPU each, busiest process {busiest:.2f} CPUs, server without sandboxes {sizes[number]:.0f} MB")
+                  f"of CPU each, busiest process {busiest:.2f} CPUs, {own:.0f} per second for a CPU of it, ratio "
+                  f"{own / limit:.2f}, server without sandboxes {sizes[number]:.0f} MB")
 
 
 if __name__ == "__main__":
