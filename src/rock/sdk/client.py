@@ -274,7 +274,8 @@ class Client(primitives.Face):
         return parse(KeyList, await self.transport.json("GET", ROUTES["list_keys"].path)).items
 
     async def revoke_key(self, key_id: str) -> KeyInfo:
-        """End a key at once; its tenant's sandboxes stay. NotFound, Forbidden."""
+        """End a key at once, for direct requests to running sandboxes within 20 seconds; its tenant's sandboxes stay.
+        NotFound, Forbidden."""
         target = ROUTES["revoke_key"].url(key_id=key_id)
         return parse(KeyInfo, await self.transport.json("DELETE", target))
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from rock import errors
-from rock.protocol.routes import PREFIX, is_data
-from rock.sdk.http import Address
+from rock.protocol.routes import DIRECT, ERROR_CODE, PREFIX, SENT, is_data
+from rock.sdk.connection import Connection
+from rock.sdk.http import Address, Answer, Source
 
 S = TypeVar("S")
 
@@ -112,3 +113,38 @@ class DirectRequests(Generic[S]):
             return None
         host = f"[{base.host}]" if ":" in base.host else base.host
         return Address(f"http://{host}:{port}", base.host, int(port), False, "")
+
+
+async def at_worker(
+    direct: Target[Any],
+    method: str,
+    target: str,
+    body: bytes | Source,
+    timeout: float | None,
+    key: str | None,
+    content_type: str,
+    whole: bool,
+) -> tuple[Any, Connection, Answer] | None:
+    """The answer of a worker to a request, as of `exchange` of a server; None when the server has to be asked, because
+    nothing was begun there. Unavailable when the request is to be sent again."""
+    server = direct.server
+    assert server is not None
+    try:
+        connection, answer = await server.exchange(method, target, body, timeout, key, content_type, whole)
+    except errors.Unavailable as error:
+        direct.failed()
+        if error.details.get("unsent") and isinstance(body, bytes):
+            return None
+        raise
+    except errors.ServerError:  # not HTTP
+        direct.failed()
+        raise errors.Unavailable(f"{server.url} is not the worker", hint="try again", details=SENT) from None
+    elsewhere = answer.status == errors.NotHere.status and answer.headers.get(ERROR_CODE) == errors.NotHere.code
+    if answer.headers.get(DIRECT) == direct.proof and not elsewhere:
+        return server, connection, answer
+    if not whole:  # else it is released
+        connection.close()
+    direct.failed()
+    if not isinstance(body, bytes):
+        raise errors.Unavailable(f"{server.url} did not accept the request", hint="try again", details=SENT)
+    return None

@@ -34,7 +34,7 @@ from rock.protocol.routes import (
 from rock.sdk import primitives
 from rock.sdk.connection import Connection
 from rock.sdk.direct import CONNECT_TIMEOUT as DIRECT_TIMEOUT
-from rock.sdk.direct import DirectRequests, Target
+from rock.sdk.direct import DirectRequests, at_worker
 from rock.sdk.http import Address, Answer, Source, header_lines
 from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
@@ -218,7 +218,7 @@ class Transport:
         """With the worker itself where that is possible, else with the first server of the role that takes a
         connection; one that does not is asked last from then on."""
         if self._direct is not None and (direct := await self._direct.target(target)) is not None:
-            found = await self._at_worker(direct, method, target, body, timeout, key, content_type, whole)
+            found = await at_worker(direct, method, target, body, timeout, key, content_type, whole)
             if found is not None:
                 return found
         if self._one is not None:
@@ -238,41 +238,6 @@ class Transport:
                     self._read = [*rest, server]
         last = servers[-1]
         return last, *await last.exchange(method, target, body, timeout, key, content_type, whole)
-
-
-    async def _at_worker(
-        self,
-        direct: Target[_Server],
-        method: str,
-        target: str,
-        body: Body,
-        timeout: float | None,
-        key: str | None,
-        content_type: str,
-        whole: bool,
-    ) -> tuple[_Server, Connection, Answer] | None:
-        """The answer of the worker; None when the server has to be asked, because nothing was begun there."""
-        server = direct.server
-        assert server is not None
-        try:
-            connection, answer = await server.exchange(method, target, body, timeout, key, content_type, whole)
-        except errors.Unavailable as error:
-            direct.failed()
-            if error.details.get("unsent") and isinstance(body, bytes):
-                return None
-            raise
-        except errors.ServerError:  # not HTTP
-            direct.failed()
-            raise errors.Unavailable(f"{server.url} is not the worker", hint="try again", details=SENT) from None
-        elsewhere = answer.status == errors.NotHere.status and answer.headers.get(ERROR_CODE) == errors.NotHere.code
-        if answer.headers.get(DIRECT) == direct.proof and not elsewhere:
-            return server, connection, answer
-        if not whole:  # else it is released
-            connection.close()
-        direct.failed()
-        if not isinstance(body, bytes):
-            raise errors.Unavailable(f"{server.url} did not accept the request", hint="try again", details=SENT)
-        return None
 
 
 class _Retry:

@@ -276,7 +276,8 @@ class Client(primitives.Face):
         return parse(KeyList, self.transport.json("GET", ROUTES["list_keys"].path)).items
 
     def revoke_key(self, key_id: str) -> KeyInfo:
-        """End a key at once; its tenant's sandboxes stay. NotFound, Forbidden."""
+        """End a key at once, for direct requests to running sandboxes within 20 seconds; its tenant's sandboxes stay.
+        NotFound, Forbidden."""
         target = ROUTES["revoke_key"].url(key_id=key_id)
         return parse(KeyInfo, self.transport.json("DELETE", target))
 
