@@ -21,8 +21,6 @@ import orjson
 
 from rock import errors, settings
 from rock.protocol.routes import (
-    DIRECT,
-    ERROR_CODE,
     LOST_CONTACT,
     NOTHING_BEGUN,
     OTHER_KEY,
