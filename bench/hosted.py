@@ -62,8 +62,12 @@ def raise_file_limit() -> int:
 
 
 def memory(pid: int) -> int:
-    """Bytes of a process, pages that it shares split among those who share them."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+    """Bytes of a process, pages that it shares split among those who share them; 0 for one that has ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except FileNotFoundError:
+        return 0
+    for line in text.splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) << 10
     return 0

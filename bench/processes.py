@@ -3,8 +3,8 @@
 For each number of processes: commands per second in 32 sessions, cycles per second (create, command, stop; 8 at once),
 the CPU milliseconds of all processes of the server for each, the busiest of these processes as a share of one CPU, and
 the memory of the server without sandboxes. The load comes from two client processes. All of them share the CPUs of this
-machine: the ratio shows the overhead on two CPUs. The rate divided by the CPU share of the busiest process is the rate at which
-that process is busy all the time, which limits a machine with more CPUs; its ratio is the second one.
+machine: the ratio shows the overhead on two CPUs. The rate divided by the CPU share of the busiest process is the rate
+at which that process is busy all the time, which limits a machine with more CPUs; its ratio is the second one.
 """
 
 from __future__ import annotations
