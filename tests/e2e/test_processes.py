@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -210,3 +211,34 @@ def test_several_processes_need_sandboxes_of_its_own(tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match="no sandboxes of its own"):
             count_of(Settings(tmp_path, processes=2, **more))  # type: ignore[arg-type]
         assert count_of(Settings(tmp_path, **more)) == 1  # type: ignore[arg-type]
+
+
+EARLY = """
+import socket
+listener = socket.create_server(("127.0.0.1", 9014))
+open("/tmp/ready", "w").close()
+while True:
+    client, _ = listener.accept()
+    while b"\\r\\n\\r\\n" not in client.recv(65536):
+        pass
+    client.sendall(b"HTTP/1.1 413 Too Large\\r\\ncontent-length: 2\\r\\n\\r\\nno")
+"""
+
+
+def test_a_response_that_precedes_the_body(pair: RunningServer) -> None:
+    """The server does not wait for a body before it forwards the head: the program may reject it by its size."""
+    (sandbox,) = make(pair)
+    with sandbox:
+        sandbox.fs.write("/tmp/early.py", EARLY.encode())
+        sandbox.processes.start(["python3", "/tmp/early.py"])
+        sandbox.run("until [ -e /tmp/ready ]; do sleep 0.05; done")
+        host, _, port = pair.url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), 20) as client:
+            place = f"/v1/sandboxes/{sandbox.sandbox_id}/ports/9014/"
+            client.sendall(f"POST {place} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n".encode())
+            seen = b""
+            while not seen.endswith(b"no"):
+                part = client.recv(4096)
+                assert part, seen
+                seen += part
+        assert seen.startswith(b"HTTP/1.1 413")

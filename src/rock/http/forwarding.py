@@ -36,6 +36,7 @@ from rock.protocol.routes import CALL, OUTAGE, ROUTES, SENT, UNSENT
 _CONNECT_WITHIN = 5.0
 _IDLE = 30.0  # seconds that an unused connection stays open: less than the server at its other end keeps it open
 _MOST_IDLE = 64
+_BODY_WITHIN = 0.2  # seconds for the first piece of a body, before the head is sent without it
 _MOST_WAITING = 256 << 10  # unread bytes of a response above which reading is paused
 _PROMPT = 0.5  # seconds after which the connection of the client is watched
 _END = b"0\r\n\r\n"
@@ -343,7 +344,10 @@ class RemoteApp:
     ) -> None:
         """One request. An error before the response has begun is Unavailable; after that the client's own connection
         has to be closed."""
-        first = await receive()
+        first: MutableMapping[str, Any] = {"type": "http.request", "more_body": True}
+        with contextlib.suppress(TimeoutError):  # a response may precede the body
+            async with asyncio.timeout(_BODY_WITHIN):
+                first = await receive()
         if first["type"] == "http.disconnect":
             self._done(connection)
             return
