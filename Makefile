@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
 	training agents integrations kubernetes real-apiserver chart manifests ui env-packages gym-extras sync wheel release \
-	docs lock bench bench-check bench-forks bench-growth bench-idle bench-processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
+	docs lock bench bench-check bench-forks bench-growth bench-idle bench-processes processes bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -140,6 +140,11 @@ faults: $(VENV)/ready-dev
 		$(PY) -m tests.faults.campaign --kind $$kind --runs $(RUNS) --seed $(SEED) --steps $(STEPS) \
 			$(if $(MINUTES),--minutes $(MINUTES)) || failed="$$failed $$kind"; done; \
 	test -z "$$failed" || { echo "problems in:$$failed"; exit 1; }
+
+# The tests of a whole server, and random faults, with two rocklet processes. About 35 minutes.
+processes: $(VENV)/ready-dev
+	ROCK_PROCESSES=2 $(PY) -m pytest -n 2 --dist loadfile tests/e2e tests/runtime/conformance
+	$(PY) -m tests.faults.campaign --kind process --runs 20 --seed 76 --steps $(STEPS)
 
 # An admin killed under load: seconds until it serves and everything is found.
 recovery: $(VENV)/ready-dev

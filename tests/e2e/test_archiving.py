@@ -18,7 +18,7 @@ from rock.sync import Client, Sandbox
 
 
 def slots(server: RunningServer) -> list[Path]:
-    return list((server.home / "run" / "namespace").glob("n-*"))
+    return [*(server.home / "run" / "namespace").glob("n-*"), *server.home.glob("processes/*/run/namespace/n-*")]
 
 
 def archives(server: RunningServer) -> list[Path]:

@@ -260,7 +260,8 @@ TENANT = Caller("alpha", frozenset({Access.READ}), key_id="k1")
 
 
 async def served(token: str, path: str = "/v1/sandboxes/s1/sessions", key: str | None = "secret",
-                 lease: tuple[str, int] | None = LEASE, only: bool = True) -> tuple[int, dict[bytes, bytes], Any]:
+                 lease: tuple[str, int] | None = LEASE, only: bool = True,
+                 kind: str = "http") -> tuple[int, dict[bytes, bytes], Any]:
     """(status, headers, the caller that the application sees) of a request with a token."""
     callers: list[Any] = []
 
@@ -278,7 +279,8 @@ async def served(token: str, path: str = "/v1/sandboxes/s1/sessions", key: str |
         return {"type": "http.disconnect"}
 
     headers = [(b"authorization", f"Bearer {token}".encode()), (b"x-rock-call", b"1"), (b"x-own", b"kept")]
-    scope = {"type": "http", "method": "GET", "path": path, "headers": headers, "query_string": b""}
+    scope = {"type": kind, "method": "GET", "path": path, "headers": headers, "query_string": b"",
+             "extensions": {"websocket.http.response": {}}}  # fmt: skip
     await DirectRequests(app, key, lambda: lease, only)(scope, receive, send)
     return sent[0]["status"], dict(sent[0]["headers"]), callers
 
@@ -307,5 +309,7 @@ def test_tokens() -> None:
     for path in ("/v1/sandboxes/s2/sessions", "/v1/sandboxes/s1", "/node/v1/sandboxes", "/v1/images/build"):
         status, _, seen = asyncio.run(served(token, path))
         assert status in (403, 404) and not seen, path
+    status, _, seen = asyncio.run(served(token, "/v1/sandboxes/s1/ports/80/", kind="websocket"))
+    assert status == 403 and not seen, "a WebSocket would outlive its token"
     status, _, seen = asyncio.run(served("a key of the server", only=False))
     assert status == 200 and seen[0][0] is None, "it is authenticated as any other request"

@@ -147,10 +147,11 @@ class DirectRequests:
         if path == BUILD or not is_data(path) or path[len(PREFIX) :].partition("/")[0] != grant.sandbox:
             raise Forbidden("the token of this direct request is for requests to one sandbox only",
                             hint="send this request to the server")  # fmt: skip
-        method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
-        found = self._rows.match(method, path)
+        if scope["type"] == "websocket":  # it would outlive the token, and a key that is revoked
+            raise Forbidden("a WebSocket cannot be a direct request", hint="open it at the server")
+        found = self._rows.match(scope["method"], path)
         if found is None:
-            raise no_such_route(path, method)
+            raise no_such_route(path, scope["method"])
         grant.caller.require(found[2].access)
         return grant.caller, proof
 
