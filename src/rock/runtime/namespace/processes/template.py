@@ -28,6 +28,8 @@ from rock.runtime.namespace.processes.capture import Reserved
 from rock.runtime.namespace.processes.inventory import MOST_PROCESSES
 
 _PATIENCE = 10.0  # seconds in which the state and the pages have to be taken
+_REAPED_WITHIN = 5.0  # seconds
+_WALL = 0x40000000
 _BUFFER = 1 << 17
 _EVENT_SEMAPHORE = 1
 
@@ -171,7 +173,7 @@ class Template:
             os.close(reading)
             os.close(writing)
             entrant.close()
-            _reap()
+            _reap([one.outside for one in waiting])
         return {"started": len(made), "seconds": time.monotonic() - began}
 
 
@@ -199,11 +201,25 @@ def _lock(slot: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _reap() -> None:
-    """Wait for processes that ended while they were traced."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG | 0x40000000)[0]:
-            pass
+def _reap(killed: Sequence[int]) -> None:
+    """Wait for processes that ended while they were traced. killed: those that end now: pid 1 of their sandbox cannot
+    end before they are reaped."""
+    left, end = set(killed), time.monotonic() + _REAPED_WITHIN
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG | _WALL)[0]:
+                pass
+        for pid in list(left):
+            try:
+                found, status = os.waitpid(pid, os.WNOHANG | _WALL)
+            except ChildProcessError:  # it is reaped, or was never traced
+                left.discard(pid)
+                continue
+            if found and not os.WIFSTOPPED(status):
+                left.discard(pid)
+        if not left or time.monotonic() > end:
+            return
+        time.sleep(0.001)
 
 
 class Descriptors:

@@ -46,10 +46,12 @@ def prepare_room(memory: Reserved) -> None:
 
 
 def write(memory: int, data: bytes | memoryview, address: int) -> None:
-    """Write into the memory of a process, by its descriptor. OSError."""
+    """Write into the memory of a process, by its descriptor. OSError; Failed when the process has ended."""
     view = memoryview(data)
     while view:
         count = os.pwrite(memory, view[:_CHUNK], address)
+        if not count:  # of a process without memory, which is no error of the kernel
+            raise Failed("a process ended while it was rebuilt")
         view, address = view[count:], address + count
 
 
@@ -86,18 +88,13 @@ class Table:
 
     def results(self, memory: int) -> list[int]:
         data = os.pread(memory, _ROW * len(self.rows), self._room + PAGE)
+        if len(data) != _ROW * len(self.rows):
+            raise Failed("a process ended while it was rebuilt")
         return [found[7] for found in struct.iter_unpack("=8q", data)]
 
 
 def _six(arguments: tuple[int, ...]) -> tuple[int, ...]:
     return (*arguments, *([0] * (6 - len(arguments))))
-
-
-def _write(memory: int, data: bytes | memoryview, address: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(memory, view[:_CHUNK], address)
-        view, address = view[count:], address + count
 
 
 class Traced:
