@@ -49,6 +49,7 @@ SHARE = [
         "tests/runtime/test_namespace_recovery.py",
         "tests/runtime/test_keeping.py",
         "tests/runtime/test_frozen_files.py",
+        "tests/runtime/test_merged_layers.py",
         "tests/image/test_host_image.py",
         "tests/image/test_image_store.py::test_a_mounted_layer_stays",
         "tests/image/test_image_store.py::test_a_folder",

@@ -215,6 +215,9 @@ def test_more_environments_than_pipes(url: str) -> None:
             player.reset(seed=5)
         found = link.ask_all([player.ask_step("\\boxed{3}") for player in players])
         assert len({player.was_stepped(one)[1] for player, one in zip(players, found, strict=True)}) == 1
+        for player in players[1:]:
+            link.close_env(player.number)
+            link.close()
 
 
 def test_a_vector_of_it(url: str) -> None:

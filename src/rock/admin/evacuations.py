@@ -105,11 +105,8 @@ class Evacuations:
             return ""
         if not record.config.keeps_files:
             return "it has no retention (auto_delete_seconds, auto_archive_seconds): its files end with it"
-        worker = self._service.workers.get(record.info.worker or "")
-        if worker is None:
+        if self._service.workers.get(record.info.worker or "") is None:
             return "its worker does not respond"
-        if (await worker.get(record.id)).layered:
-            return "it runs on a snapshot, and its files are in several layers"
         return ""
 
     async def _note(self, record: Record, why: str) -> None:

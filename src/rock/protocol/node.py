@@ -30,8 +30,7 @@ class NodeSandbox(Answer):
     """A sandbox as its rocklet reports it. `idle_seconds`: since the last activity; 0 while a request is in progress.
 
     paused: its processes are stopped for a while. kept: it is stopped, and its files are retained. environments: of a
-    sandbox that hosts them, the number of existing ones, and the number made since its rocklet started. layered: it
-    runs on a snapshot, so its files cannot be archived.
+    sandbox that hosts them, the number of existing ones, and the number made since its rocklet started.
     """
 
     sandbox_id: str
@@ -47,7 +46,6 @@ class NodeSandbox(Answer):
     kept: bool = False
     paused: bool = False
     environments: tuple[int, int] | None = None
-    layered: bool = False
 
 
 class NodeCreates(Wire):

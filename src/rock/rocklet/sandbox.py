@@ -33,7 +33,7 @@ from rock.rocklet.gateway_port import GatewayPort
 from rock.rocklet.idle import IdleDescriptors
 from rock.rocklet.port_connections import Connections
 from rock.rocklet.state import StateDirectory, written
-from rock.runtime.base import Forks, Handle, Keeps, Limits, Pauses, ReportsEnds, Runtime, Watches
+from rock.runtime.base import Handle, Keeps, Limits, Pauses, ReportsEnds, Runtime, Watches
 
 
 class Uploads:
@@ -351,7 +351,6 @@ class Supervisor:
             reason=self.reason,
             usage=usage,
             environments=self.env_host.load() if self.env_host is not None else None,
-            layered=isinstance(self.runtime, Forks) and self.runtime.parent(self.handle) is not None,
         )
 
     # ---- processes ----

@@ -249,15 +249,23 @@ class Archive:
         """Move the files of an archived sandbox to a worker, and start it there."""
         files = record.info.archive
         assert files is not None
+        config = archived_config(record)
         async with contextlib.aclosing(self._there().get(record.id)) as data:
-            await worker.unpack(record.id, record.config, files, data)
+            await worker.unpack(record.id, config, files, data)
         await faults.point("restore.unpacked")
-        return await worker.wake(record.id, record.config)
+        return await worker.wake(record.id, config)
 
     async def forget(self, sandbox_id: str) -> None:
         """Remove its archive, if there is one."""
         if self._blobs is not None:
             await self._blobs.delete(sandbox_id)
+
+
+def archived_config(record: Record) -> SandboxConfig:
+    """The config with which an archived sandbox restarts: its archive has the files of its snapshot too."""
+    if record.config.snapshot is None:
+        return record.config
+    return record.config.model_copy(update={"snapshot": None, "snapshot_worker": None})
 
 
 def _with_phase(record: Record, phase: Phase, status: str, message: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rock import faults
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.lifecycle import Event
 from rock.admin.sandboxes.records import Records
-from rock.admin.sandboxes.retention import Archive
+from rock.admin.sandboxes.retention import Archive, archived_config
 from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
@@ -168,7 +168,7 @@ class Starts:
         elif record.info.archive is None:
             return self._workers.required(record.info.worker)
         else:
-            worker = await self._placer.place(record.id, record.config)
+            worker = await self._placer.place(record.id, archived_config(record))
         if worker.name != record.info.worker:
             status = self._placer.status(worker.name) or await worker.status()
             phases = {name: phase for name, phase in record.info.phases.items() if name != WAITS}

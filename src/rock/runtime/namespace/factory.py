@@ -173,7 +173,7 @@ class Factory:
             "etc": etc, "binds": binds,
             "cgroups": list(limiter.groups.folders(slot).values()), "limits": limiter.files(slot, config),
             "affinity": limiter.affinity(config), "processes": limiter.processes(config),
-            "disk": self._disks.spec(config), "frozen": frozen[0] if frozen else "",
+            "disk": self._disks.spec(config), "frozen": frozen[0] if frozen else "", "snapshots": list(layers),
         }
 
 

@@ -14,8 +14,8 @@ import contextlib
 import ctypes
 import os
 import stat
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig
 from rock.runtime.base import Handle, Program
 from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink
-from rock.runtime.namespace import packer_link, records
+from rock.runtime.namespace import records
+from rock.runtime.namespace.layers import packer_link
 from rock.runtime.namespace.limits import cgroups
 from rock.runtime.namespace.limits.disk_watch import Disks
 from rock.runtime.namespace.slots import Sandbox, Slots, find_init, kill_init
@@ -239,7 +240,12 @@ class Handles:
 
 
 class StoppedSandboxes:
-    """Stops and restarts sandboxes with retained files, and holds the leases of their images."""
+    """Stops and restarts sandboxes with retained files, and holds the leases of their images.
+
+    whole: see Merges; set when the runtime is made.
+    """
+
+    whole: Callable[[str, RootFS], AbstractAsyncContextManager[Path]]
 
     def __init__(self, slots: Slots, handles: Handles, images: Images) -> None:
         self._slots = slots
@@ -295,18 +301,14 @@ class StoppedSandboxes:
 
     # ---- files ----
 
-    def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+    async def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         """The written files, as a layer."""
         rootfs = noted(handle.data["rootfs"])
-        self._refuse_layers(handle)
-        parts = packer_link.parts(self._slots.run_dir / handle.data["slot"], rootfs)
-        return packer_link.pack({**self.packer_options(parts), "limit": limit}, rootfs.digest)
-
-    def _refuse_layers(self, handle: Handle) -> None:
-        if self._slots.layers.get(handle.data["slot"]):
-            raise errors.Unsupported("the sandbox runs on a snapshot, and its files are in several layers",
-                                     sandbox_id=handle.id,
-                                     hint="copy what you need out of it with `rock cp`")
+        async with self.whole(handle.data["slot"], rootfs) as folder:
+            options = self.packer_options(packer_link.parts(folder, rootfs))
+            async with contextlib.aclosing(packer_link.pack({**options, "limit": limit}, rootfs.digest)) as data:
+                async for part in data:
+                    yield part
 
     def image(self, handle: Handle) -> RootFS:
         """The original image."""
@@ -322,13 +324,12 @@ class StoppedSandboxes:
         if "disk" in handle.data:
             raise errors.Unsupported("what is on a disk with a limit cannot be read from outside",
                                      sandbox_id=handle.id, hint="commit a sandbox that was made without disk=")
-        self._refuse_layers(handle)
-        places = packer_link.parts(folder, rootfs)
         async with contextlib.AsyncExitStack() as stack:
             if "pid" in handle.data:
                 link = InitLink.connect(folder, handle.id)  # separate: pid 1 resumes when it closes
                 stack.callback(link.close)
                 await link.request("pause")
+            places = packer_link.parts(await stack.enter_async_context(self.whole(folder.name, rootfs)), rootfs)
             await asyncio.to_thread(refuse_written, places[1:])
             data = packer_link.pack({**self.packer_options(places[:1]), "limit": limit}, rootfs.digest)
             async for part in await stack.enter_async_context(contextlib.aclosing(data)):

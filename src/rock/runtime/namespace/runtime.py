@@ -31,14 +31,14 @@ from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.factory import Factory, RetainedFiles
 from rock.runtime.namespace.launcher import userns
 from rock.runtime.namespace.launcher.link import LaunchLink
-from rock.runtime.namespace.layer_transfer import LayerTransfer
+from rock.runtime.namespace.layers.snapshots import Snapshots
+from rock.runtime.namespace.layers.transfer import LayerTransfer
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
 from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.namespace.pools import Pool
 from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
 from rock.runtime.namespace.slots import Ending, Sandbox, Slots
-from rock.runtime.namespace.snapshots import Snapshots
 from rock.runtime.pools import PoolState, PoolTarget, Prepared
 from rock.runtime.process.runtime import wait_gone
 
@@ -74,7 +74,9 @@ class NamespaceRuntime(InitSandboxes):
         self._factory = Factory(self._slots, self._disks, images)
         self._stopped = StoppedSandboxes(self._slots, self._handles, images)
         self._snapshots = Snapshots(
-            self._slots, images, _quarter() if snapshot_memory is None else snapshot_memory)
+            self._slots, images, _quarter() if snapshot_memory is None else snapshot_memory,
+            self._stopped.packer_options)
+        self._stopped.whole = self._snapshots.merges.whole
         self._layer_transfer = LayerTransfer(self._snapshots, self._stopped.packer_options)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
@@ -433,16 +435,16 @@ class NamespaceRuntime(InitSandboxes):
                          processes: bool = False) -> Frozen:
         link = self.link(handle) if processes else None
         return await self._snapshots.checkpoint(handle, snapshot_id, files, self.image(handle),
-                                                self._switch_spec(handle, snapshot_id), link)
+                                                await self._switch_spec(handle, snapshot_id), link)
 
-    def _switch_spec(self, handle: Handle, snapshot_id: str) -> dict[str, Any]:
+    async def _switch_spec(self, handle: Handle, snapshot_id: str) -> dict[str, Any]:
         rootfs, slot = self.image(handle), handle.data["slot"]
-        layers = [snapshot_id, *self._snapshots.layers(slot)]
+        layers = [snapshot_id, *await self._snapshots.next_layers(slot)]
         config = SandboxConfig(image=rootfs.name)  # its limits do not matter here
         return self._factory.spec(slot, handle.data["base"], Kind.of(rootfs, config), config, layers, freezing=True)
 
     async def refusals(self, handle: Handle) -> Sequence[str]:
-        return await self._snapshots.refusals(handle, self._switch_spec(handle, "0" * 32), self.link(handle))
+        return await self._snapshots.refusals(handle, await self._switch_spec(handle, "0" * 32), self.link(handle))
 
     def parent(self, handle: Handle) -> str | None:
         return self._snapshots.parent(handle.data["slot"])

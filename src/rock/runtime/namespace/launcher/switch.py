@@ -187,7 +187,8 @@ def _moved(spec: dict[str, Any]) -> Iterator[None]:
     names both states for a server that starts after a crash."""
     slot, frozen = spec["slot"], spec["frozen"]
     device = os.stat(f"/proc/{spec['pid']}/root/").st_dev
-    mounts.write_file(f"{slot}/{JOURNAL}", json.dumps({"frozen": frozen, "device": device}))
+    journal = {"frozen": frozen, "device": device, "snapshots": spec["snapshots"]}
+    mounts.write_file(f"{slot}/{JOURNAL}", json.dumps(journal))
     names = [name for name in sorted(os.listdir(slot)) if name.startswith(("upper", "work"))]
     moved: list[str] = []
     try:

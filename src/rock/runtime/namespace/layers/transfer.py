@@ -7,21 +7,22 @@ import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rock import faults
 from rock.host.atomic_file import not_kept
 from rock.images.records import RootFS
 from rock.protocol.sandbox import ArchivedFiles
-from rock.runtime.namespace import packer_link, retained
+from rock.runtime.namespace import retained
+from rock.runtime.namespace.layers import packer_link
+from rock.runtime.namespace.layers.merges import PackerOptions
+from rock.runtime.namespace.layers.snapshots import Snapshot, Snapshots, refuse_mount_points
 from rock.runtime.namespace.limits import disk_layout
-from rock.runtime.namespace.snapshots import Snapshot, Snapshots, refuse_mount_points
 
 
 class LayerTransfer:
     """options: see StoppedSandboxes.packer_options."""
 
-    def __init__(self, snapshots: Snapshots, options: Callable[[list[dict[str, str]]], dict[str, Any]]) -> None:
+    def __init__(self, snapshots: Snapshots, options: PackerOptions) -> None:
         self._snapshots = snapshots
         self._options = options
 

@@ -20,7 +20,6 @@ import os
 import secrets
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import records, retained
 from rock.runtime.namespace.copies import Copies, refused
 from rock.runtime.namespace.launcher import switch
+from rock.runtime.namespace.layers.merges import Merges, PackerOptions, run_program
 from rock.runtime.namespace.limits import disk_layout
 from rock.runtime.namespace.processes import state
 from rock.runtime.namespace.slots import Sandbox, Slots
@@ -71,8 +71,8 @@ class Snapshot:
 class Snapshots:
     """The snapshots below the run folder of `slots`."""
 
-    def __init__(self, slots: Slots, images: Images, memory: int) -> None:
-        """memory: see Copies."""
+    def __init__(self, slots: Slots, images: Images, memory: int, options: PackerOptions) -> None:
+        """memory: see Copies. options: see Merges."""
         self._slots = slots
         self.copies = Copies(slots, memory)
         self._images = images
@@ -82,6 +82,7 @@ class Snapshots:
         self._leases: dict[str, Lease | None] = {}  # by snapshot
         self._removing: set[asyncio.Task[None]] = set()
         self._again = self._collecting = False
+        self.merges = Merges(slots.run_dir, self.make_folder, self._layers, self._collect, options)
         slots.removed.append(self._slot_removed)
 
     @property
@@ -116,6 +117,7 @@ class Snapshots:
 
     async def close(self) -> None:
         """Release the leases; wait for removals."""
+        await self.merges.close()
         await self.collected()
         for lease in self._leases.values():
             if lease is not None:
@@ -132,7 +134,7 @@ class Snapshots:
         try:
             with open(f"{folder}/{switch.JOURNAL}", encoding="utf-8") as file:
                 journal = json.load(file)
-            frozen, device = str(journal["frozen"]), int(journal["device"])
+            frozen, device, layers = str(journal["frozen"]), int(journal["device"]), journal.get("snapshots")
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError):  # written before anything else, so nothing has changed
@@ -148,9 +150,9 @@ class Snapshots:
             switch.undo_move(folder, frozen, names)
             log.warning("an interrupted snapshot of %s was undone", record.get("id"))
             return
-        name = os.path.basename(frozen)
-        if name not in record.get("snapshots", []):
-            record["snapshots"] = [name, *record.get("snapshots", [])]
+        name, known = os.path.basename(frozen), record.get("snapshots", [])
+        if name not in known:
+            record["snapshots"] = [str(one) for one in layers] if layers else [name, *known]
             records.write(self._slots.run_dir, slot, record)
         os.unlink(f"{folder}/{switch.JOURNAL}")
 
@@ -183,8 +185,11 @@ class Snapshots:
         """The layers of a sandbox above its image, newest first."""
         return self._layers.get(slot, ())
 
-    def folders(self, layers: Sequence[str]) -> list[str]:
-        return [self.folder(one) for one in layers]
+    async def next_layers(self, slot: str) -> Sequence[str]:
+        """The layers below the next snapshot of a sandbox: its own, merged where that is done."""
+        if len(self.layers(slot)) >= MOST_LAYERS:
+            await self.merges.settled(self.layers(slot))
+        return self.merges.shortened(self.layers(slot))
 
     def users(self) -> dict[str, list[str]]:
         """Ids of all snapshots, with the slots of the sandboxes that use their layers."""
@@ -204,6 +209,7 @@ class Snapshots:
     def _unused(self) -> list[str]:
         used = {one for layers in self._layers.values() for one in layers}
         used.update(one for found in self._known.values() for one in found.layers)
+        used |= self.merges.needed(used)
         return [name for name in self._names() if name not in used]
 
     def _slot_removed(self, slot: str) -> None:
@@ -262,7 +268,7 @@ class Snapshots:
         if known is not None:
             return _report(handle, known)
         sandbox = self._slots.find(handle)
-        layers = self.layers(sandbox.slot)
+        layers = spec["snapshots"][1:]
         self._refuse(handle, layers)
         if link is not None and (files == "copy" or (reason := self.copies.refused())):
             raise refused(handle, ['files="copy" takes files alone' if files == "copy" else reason])
@@ -313,6 +319,7 @@ class Snapshots:
             raise
         self._known[snapshot_id] = made
         self._parents[sandbox.slot] = made.layers
+        self.merges.start(made.layers, rootfs)
         self._layers.pop(f"new {snapshot_id}", None)
         with contextlib.suppress(errors.ImageError):
             self._leases[snapshot_id] = self._images.lease(rootfs)
@@ -324,7 +331,7 @@ class Snapshots:
             return [reason]
         sandbox = self._slots.find(handle)
         try:
-            self._refuse(handle, self.layers(sandbox.slot))
+            self._refuse(handle, spec["snapshots"][1:])
         except errors.Unsupported as error:
             return [error.message]
         reply = await self.copies.take(sandbox, spec, link, sandbox.slot, self._space(), dry=True)
@@ -353,7 +360,8 @@ class Snapshots:
         if len(layers) >= MOST_LAYERS:
             raise errors.Unsupported(f"the sandbox has {len(layers)} layers of snapshots: that is the most",
                                      sandbox_id=handle.id,
-                                     hint="use files=\"copy\" for some, or commit it to an image and go on from that")
+                                     hint="the log of the worker says why they are not merged; use files=\"copy\" for "
+                                          "some, or commit it to an image and go on from that")
 
     async def _switch(self, sandbox: Sandbox, spec: dict[str, Any], folder: str, link: InitLink | None,
                       ) -> tuple[list[str], float, list[str], Sequence[str] | None]:
@@ -400,7 +408,8 @@ class Snapshots:
             await link.request("pause")
             began = time.monotonic()
             await faults.point("namespace.checkpoint.stopped")
-            await _run_copier({"source": str(slot), "target": folder, "enter": os.geteuid() != 0})
+            await run_program(_COPIER, {"source": str(slot), "target": folder, "enter": os.geteuid() != 0},
+                              "copied", _COPY_PATIENCE)
             return time.monotonic() - began
         finally:
             link.close()
@@ -492,26 +501,6 @@ def _left_out(first: int) -> list[str]:
         if used:
             return [f"/dev/shm: {used} bytes in memory"]
     return []
-
-
-async def _run_copier(options: dict[str, Any]) -> None:
-    """Copy the written folders of a run folder. StorageFull, Unavailable."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-S", _COPIER, json.dumps(options), stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, cwd="/", start_new_session=True,
-        env={"PATH": disk_layout.PATH, "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C"})  # fmt: skip
-    try:
-        async with asyncio.timeout(_COPY_PATIENCE):
-            _, output = await process.communicate()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        raise
-    if process.returncode:
-        text = output.decode("utf-8", "replace").strip()[-300:]
-        kind = errors.StorageFull if "No space left" in text or "quota" in text else errors.Unavailable
-        raise kind(f"the files could not be copied: {text}", hint="the sandbox continues unchanged")
 
 
 def has_copier() -> bool:

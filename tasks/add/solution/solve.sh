@@ -1,0 +1,1 @@
+echo 'import sys; print(int(sys.argv[1]) + int(sys.argv[2]))' > /tmp/add.py
