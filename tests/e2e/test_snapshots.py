@@ -160,8 +160,6 @@ def test_what_is_refused(box: Sandbox, client: Client) -> None:
         (NotFound, "no snapshot nothing", lambda: box.rollback("nothing")),
         (NotFound, "no snapshot nothing", lambda: Sandbox(snapshot="nothing", memory="256m").start()),
         (InvalidConfig, "is of 'host'", lambda: Sandbox("python:3.11", snapshot="one", memory="256m").start()),
-        (Unsupported, "cannot be archived",
-         lambda: Sandbox(snapshot="one", memory="256m", archive_after=5).start()),
         (Unsupported, "disk", lambda: Sandbox(snapshot="one", memory="256m", disk="64m").start()),
         (Unsupported, "cannot start from a snapshot",
          lambda: Sandbox(snapshot="one", memory="256m", runtime="process").start()),

@@ -25,7 +25,7 @@ from rock.admin.sandboxes.groups import Groups
 from rock.admin.sandboxes.records import Records
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unavailable, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unavailable
 from rock.protocol.action import GroupRequest
 from rock.protocol.keys import Caller
 from rock.protocol.node import NodeSandbox
@@ -215,9 +215,6 @@ class Snapshots:
         if "image" in config.model_fields_set and config.image != row.image:
             raise InvalidConfig(f"image={config.image!r}: snapshot {row.name or row.snapshot_id} is of {row.image!r}",
                                 hint="leave image unset")  # fmt: skip
-        if config.auto_archive_seconds is not None:
-            raise Unsupported("snapshot and auto_archive_seconds: a sandbox on a snapshot cannot be archived",
-                              hint="leave auto_archive_seconds unset")  # fmt: skip
         if any(mount.worker != row.worker for mount in config.volumes or ()):
             raise InvalidConfig(f"snapshot {row.name or row.snapshot_id} is on worker {row.worker}, and the volumes "
                                 "are not", hint="create the volumes on that worker")  # fmt: skip

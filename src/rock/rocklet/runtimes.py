@@ -91,7 +91,7 @@ class Runtimes:
 
     def of(self, config: SandboxConfig) -> Runtime:
         """The runtime for a config. InvalidConfig or Unsupported when there is none."""
-        name = config.runtime or self._giving(config.isolation)
+        name = config.runtime or self.having(config.snapshot) or self._giving(config.isolation)
         try:
             runtime = self._by_name[name]
         except KeyError:
@@ -117,6 +117,13 @@ class Runtimes:
             raise Unsupported(f"runtime {name!r} cannot start from a snapshot",
                               hint="use the namespace runtime, or leave snapshot unset")
         return runtime
+
+    def having(self, snapshot_id: str | None) -> str | None:
+        """The runtime that has a snapshot, if there is one."""
+        for name, runtime in self._by_name.items() if snapshot_id is not None else ():
+            if isinstance(runtime, Forks) and snapshot_id in runtime.snapshots():
+                return name
+        return None
 
     def _giving(self, isolation: Isolation | None) -> str:
         """The runtime for a config with an isolation level and no runtime: the default if it provides that level, else

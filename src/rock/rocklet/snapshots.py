@@ -285,7 +285,7 @@ class Snapshots:
         """A snapshot as a tar (snapshot_archive.py). NotFound, Unsupported, InvalidConfig; StorageFull for the layers,
         which are stored here until they are sent."""
         made, shells = self._known.get(snapshot_id), self._shells.get(snapshot_id)
-        runtime = self._moving()
+        runtime = self._moving(snapshot_id)
         if made is None or shells is None:
             raise NotFound(f"there is no snapshot {snapshot_id} on this worker", hint="`rock snapshot ls` lists them")
         sessions = [ArchivedSession(spec=CreateBashSessionRequest.model_validate(one["spec"]), state=one["state"])
@@ -351,9 +351,10 @@ class Snapshots:
         self._known[snapshot_id], self._shells[snapshot_id] = made, shells
         return made
 
-    def _moving(self) -> MovesSnapshots:
-        """The runtime that has the snapshots. Unsupported."""
-        found = self._runtimes.of(SandboxConfig(image="host"))
+    def _moving(self, snapshot_id: str | None = None) -> MovesSnapshots:
+        """The runtime that has a snapshot, or that imports one. Unsupported."""
+        name = self._runtimes.having(snapshot_id)
+        found = self._runtimes.of(SandboxConfig(image="host")) if name is None else self._runtimes[name]
         if not isinstance(found, MovesSnapshots):
             raise Unsupported(f"runtime {found.name!r} cannot export and import snapshots",
                               hint="use the namespace runtime")

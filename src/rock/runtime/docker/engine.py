@@ -25,6 +25,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 DEFAULT_SOCKET = "/var/run/docker.sock"
 _PATIENCE = 60.0  # seconds for one response
+_COMMIT_PATIENCE = 600.0  # seconds
 _ATTEMPTS = 4
 _FIRST_PAUSE = 0.25  # seconds, doubled after each attempt
 _OVERLOADED = (429, 500, 502, 503, 504)
@@ -264,10 +265,19 @@ class Engine:
                 if answer.status >= 400 or b"errorDetail" in data:
                     raise EngineError(answer.status, data[:300].decode(errors="replace"))
 
-    async def remove_image(self, name: str) -> None:
-        """Remove an image; an absent one is no error."""
+    async def remove_image(self, name: str, *, force: bool = True) -> None:
+        """Remove an image; an absent one is no error. Without `force`, EngineError 409 when it is in use."""
         with _fine(404):
-            await self._json("remove an image", "DELETE", f"/images/{urllib.parse.quote(name)}", force="1")
+            await self._json("remove an image", "DELETE", f"/images/{urllib.parse.quote(name)}",
+                             force="1" if force else "0")
+
+    async def commit(self, container: str, repository: str, tag: str) -> str:
+        """Make an image of a container, which is paused meanwhile; returns its id. EngineError, Unavailable."""
+        target = _target("/commit", {"container": container, "repo": repository, "tag": tag, "pause": "1"})
+        with _reached("commit a container", self.host):
+            async with asyncio.timeout(_COMMIT_PATIENCE), self._asked("POST", target, {}) as answer:
+                found = _unpacked(await answer.read())
+        return str(found["Id"])
 
     async def pull(self, name: str, domain: str, login: tuple[str, str] | None) -> AsyncGenerator[dict[str, Any]]:
         """Have the engine pull an image by its full name. EngineError with the error of the registry at `domain`."""

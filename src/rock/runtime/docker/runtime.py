@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rock import errors
 from rock.guest.init import process_tree
@@ -27,8 +27,8 @@ from rock.guest.init.remove import remove_tree
 from rock.host import atomic_file
 from rock.host.resources import Gpus
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import Handle, Liveness, Program, Trait
-from rock.runtime.docker import images, spec
+from rock.runtime.base import Frozen, Handle, Liveness, Program, Trait
+from rock.runtime.docker import images, snapshots, spec
 from rock.runtime.docker.engine import Engine, EngineError, Facts, engine_errors, refusal
 from rock.runtime.docker.links import InitTransport, SocketTransport, StreamTransport
 from rock.runtime.init import python
@@ -90,6 +90,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         self._preparing: asyncio.Task[GuestPython] | None = None
         self._events: asyncio.Task[None] | None = None
         self._oom_at: dict[str, float] = {}  # by the engine's id
+        self._snapshots = snapshots.Snapshots(self.engine, self._run_dir)
         self._unswept: frozenset[str] | None = None
 
     # ---- lifecycle of the runtime ----
@@ -98,6 +99,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         """Never fails because of a missing engine: the first create reports that error."""
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self._run_dir, 0o700)
+        await asyncio.to_thread(self._snapshots.open)
 
     async def close(self) -> None:
         if self._events is not None:
@@ -168,6 +170,8 @@ class DockerRuntime(DelayedSandboxes[Container]):
             if config.network == "bridge" and not await self.engine.has_network("bridge"):
                 raise errors.Unsupported('network "bridge" cannot be given here: this engine has none',
                                          hint="start the engine with a bridge, or use another network")
+            if config.snapshot is not None:
+                return name, self._snapshots.image(config.snapshot)
             return name, await images.find(self.engine, config)
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
@@ -216,7 +220,11 @@ class DockerRuntime(DelayedSandboxes[Container]):
                 container = await self._entered(id, slot, engine_id, pid, way, config.startup_timeout)
             container.oci = oci
             self._live[slot] = container
-            return self._handle(id, config, container, image)
+            handle = self._handle(id, config, container, image)
+            self._snapshots.note(slot, handle)
+            if config.snapshot is not None:
+                await snapshots.give_identity(self, handle)
+            return handle
         except BaseException as error:
             if way is not None:
                 await way.close()
@@ -276,6 +284,8 @@ class DockerRuntime(DelayedSandboxes[Container]):
                 "cgroups": container.folders, "oci": oci, "gpus": self._gpus.of(container.slot)}  # fmt: skip
         if config.nofile is not None:
             data["nofile"] = config.nofile
+        if config.snapshot is not None:
+            data["snapshot"] = config.snapshot
         return Handle(self.name, id, spec.isolation_of(oci), spec.enforced(facts, config), data)
 
     def way(self, oci: spec.Oci, folder: Path) -> InitTransport:
@@ -313,6 +323,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
             with contextlib.suppress(errors.RockError, EngineError):
                 await self._ready()
             self._gpus.taken(handle.data["slot"], tuple(handle.data.get("gpus", ())))
+            self._snapshots.note(handle.data["slot"], handle)
         return found
 
     async def wait(self, handle: Handle) -> str:
@@ -346,6 +357,28 @@ class DockerRuntime(DelayedSandboxes[Container]):
         kills = self.oom_kills(handle)
         return await asyncio.to_thread(limiter.usage, data["cgroups"], data["pid"], kills)
 
+    # ---- snapshots ----
+
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
+                         processes: bool = False) -> Frozen:
+        await self._ready()
+        return await self._snapshots.checkpoint(handle, snapshot_id, files, processes)
+
+    async def refusals(self, handle: Handle) -> Sequence[str]:
+        return [snapshots.ONLY_FILES]
+
+    def parent(self, handle: Handle) -> str | None:
+        return snapshots.parent(handle)
+
+    async def replace(self, handle: Handle, config: SandboxConfig, snapshot_id: str) -> Handle:
+        return await self.create(handle.id, config.model_copy(update={"snapshot": snapshot_id}))
+
+    def snapshots(self) -> Mapping[str, Sequence[str]]:
+        return self._snapshots.users()
+
+    async def drop_snapshot(self, snapshot_id: str) -> bool:
+        return await self._snapshots.drop(snapshot_id)
+
     # ---- stop and destroy ----
 
     async def _end(self, handle: Handle) -> None:
@@ -371,6 +404,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         await self.engine.remove(engine_id)
         self._gpus.give_back(slot)
         await asyncio.to_thread(remove_tree, str(self._run_dir / slot))
+        await self._snapshots.gone(slot)
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         keep, slots, gone = set(known), set(), set()
