@@ -10,7 +10,10 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +33,12 @@ print("ready", flush=True)
 for line in sys.stdin:
     for place in range(0, 1 << 20, 4096): state[place] = 2
     print("wrote", flush=True)"""
+
+_IDLE = """import signal, sys
+state = bytearray(int(sys.argv[1]) << 20)
+for place in range(0, len(state), 4096): state[place] = 1
+open(sys.argv[2], "w").close()
+while True: signal.pause()"""
 
 
 def show(name: str, values: Sequence[float], floor: str = "", least: Sequence[float] = ()) -> None:
@@ -101,13 +110,40 @@ def timed(box: Sandbox) -> float:
     return (time.perf_counter() - began) * 1000
 
 
-def criu() -> str:
-    """The state of CRIU on this machine."""
+def criu(count: int, megabytes: int) -> str:
+    """Print the rows of CRIU, a dump that leaves the program running and a restore of it; returns its version, or why
+    there are no rows."""
     path = shutil.which("criu")
     if path is None:
         return "not installed: apt install criu"
-    done = subprocess.run([path, "check"], capture_output=True, text=True, timeout=60, check=False)
-    return "works" if done.returncode == 0 else f"criu check fails: {(done.stderr or done.stdout).strip()[-200:]}"
+    dumps, restores = list[float](), list[float]()
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            program = subprocess.Popen(
+                [sys.executable, "-c", _IDLE, str(megabytes), f"{folder}/ready"], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, close_fds=True, cwd="/")
+            try:
+                while not os.path.exists(f"{folder}/ready"):
+                    time.sleep(0.01)
+                places = ["-D", folder, "-v1", "-o", f"{folder}/log"]
+                began = time.perf_counter()
+                done = subprocess.run([path, "dump", "-t", str(program.pid), "--leave-running", *places],
+                                      capture_output=True, timeout=60, check=False)  # fmt: skip
+                if done.returncode:
+                    return f"criu dump fails: {Path(folder, 'log').read_text(errors='replace').strip()[-300:]}"
+                dumps.append((time.perf_counter() - began) * 1000)
+            finally:
+                program.kill()
+                program.wait()
+            began = time.perf_counter()
+            done = subprocess.run([path, "restore", "-d", *places], capture_output=True, timeout=60, check=False)
+            if done.returncode:
+                return f"criu restore fails: {Path(folder, 'log').read_text(errors='replace').strip()[-300:]}"
+            restores.append((time.perf_counter() - began) * 1000)
+            os.kill(program.pid, signal.SIGKILL)
+    show(f"CRIU: dump of a Python with {megabytes} MB that continues, ms", dumps)
+    show(f"CRIU: restore of a Python with {megabytes} MB, ms", restores)
+    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
 
 
 def main() -> None:
@@ -131,7 +167,8 @@ def main() -> None:
         for name in ("checkpoint", "pause", "child", "meanwhile"):
             show(f"a Python with {given.megabytes} MB: {name}, ms", copies[name], "os.fork", bare)
         children(url, pid, given.children, given.megabytes)
-    print(f"CRIU: {criu()}\nload average: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+    print(f"CRIU: {criu(given.count // 2, given.megabytes)}")
+    print(f"load average: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
 
 
 if __name__ == "__main__":

@@ -212,6 +212,8 @@ def test_sh_block(
         pytest.skip("the command line has no such commands yet")
     port, extras = str(free_port()), frozenset({"server"})
     script = "\n".join(line for code in enabled for line in code.splitlines() if not line.startswith(". .venv"))
+    if "rock admin start" in script:
+        script = f"trap 'rock admin stop || :' EXIT\n{script}"
     _run(["sh", "-euxc", script], python_of(extras), extras, ROCK_HOME=str(tmp_path / "home"), ROCK_PORT=port,
          ROCK_BASE_URL=f"http://127.0.0.1:{port}")  # fmt: skip
 

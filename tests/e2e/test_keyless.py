@@ -378,6 +378,8 @@ def test_the_sdk_sends_the_key_to_its_own_server_alone(
     monkeypatch.setenv("ROCK_HOME", str(tmp_path))
     monkeypatch.setattr(ownerkey._Cache, "until", 0.0)
     assert ownerkey.key_for(address) == ""
+    monkeypatch.setenv("ROCK_HOME", str(server.home))
+    assert ownerkey.key_for(address) == owner_key(server), "a server that was started since is known at once"
     monkeypatch.setattr(ownerkey._Cache, "until", 0.0)
 
 

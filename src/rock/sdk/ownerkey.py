@@ -38,7 +38,7 @@ def key_for(address: Address) -> str:
     if address.host not in _LOOPBACK:
         return ""
     now = time.monotonic()
-    if now >= _Cache.until:
+    if now >= _Cache.until or _Cache.port != address.port:  # or this server has started since
         _read(settings.home())
         _Cache.until = now + _FRESH
     return _Cache.key if _Cache.port == address.port else ""
