@@ -110,12 +110,20 @@ def timed(box: Sandbox) -> float:
     return (time.perf_counter() - began) * 1000
 
 
+def criu_time(folder: str, action: str, *options: str) -> float:
+    """Milliseconds of an action of CRIU on the images in a folder. ChildProcessError."""
+    began = time.perf_counter()
+    done = subprocess.run(["criu", action, *options, "-D", folder, "-v1", "-o", f"{folder}/log"], capture_output=True,
+                          timeout=60, check=False)  # fmt: skip
+    if done.returncode:
+        text = Path(folder, "log").read_text(errors="replace").strip()[-300:]
+        raise ChildProcessError(f"criu {action} fails: {text}")
+    return (time.perf_counter() - began) * 1000
+
+
 def criu(count: int, megabytes: int) -> str:
-    """Print the rows of CRIU, a dump that leaves the program running and a restore of it; returns its version, or why
-    there are no rows."""
-    path = shutil.which("criu")
-    if path is None:
-        return "not installed: apt install criu"
+    """Print the rows of CRIU, a dump that leaves the program running and a restore of it; returns its version.
+    ChildProcessError."""
     dumps, restores = list[float](), list[float]()
     for _ in range(count):
         with tempfile.TemporaryDirectory() as folder:
@@ -125,25 +133,15 @@ def criu(count: int, megabytes: int) -> str:
             try:
                 while not os.path.exists(f"{folder}/ready"):
                     time.sleep(0.01)
-                places = ["-D", folder, "-v1", "-o", f"{folder}/log"]
-                began = time.perf_counter()
-                done = subprocess.run([path, "dump", "-t", str(program.pid), "--leave-running", *places],
-                                      capture_output=True, timeout=60, check=False)  # fmt: skip
-                if done.returncode:
-                    return f"criu dump fails: {Path(folder, 'log').read_text(errors='replace').strip()[-300:]}"
-                dumps.append((time.perf_counter() - began) * 1000)
+                dumps.append(criu_time(folder, "dump", "-t", str(program.pid), "--leave-running"))
             finally:
                 program.kill()
                 program.wait()
-            began = time.perf_counter()
-            done = subprocess.run([path, "restore", "-d", *places], capture_output=True, timeout=60, check=False)
-            if done.returncode:
-                return f"criu restore fails: {Path(folder, 'log').read_text(errors='replace').strip()[-300:]}"
-            restores.append((time.perf_counter() - began) * 1000)
+            restores.append(criu_time(folder, "restore", "-d"))
             os.kill(program.pid, signal.SIGKILL)
     show(f"CRIU: dump of a Python with {megabytes} MB that continues, ms", dumps)
     show(f"CRIU: restore of a Python with {megabytes} MB, ms", restores)
-    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    return subprocess.run(["criu", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
 
 
 def main() -> None:
@@ -167,7 +165,11 @@ def main() -> None:
         for name in ("checkpoint", "pause", "child", "meanwhile"):
             show(f"a Python with {given.megabytes} MB: {name}, ms", copies[name], "os.fork", bare)
         children(url, pid, given.children, given.megabytes)
-    print(f"CRIU: {criu(given.count // 2, given.megabytes)}")
+    try:
+        found = criu(given.count // 2, given.megabytes) if shutil.which("criu") else "not installed: apt install criu"
+    except ChildProcessError as error:
+        found = str(error)
+    print(f"CRIU: {found}")
     print(f"load average: {load:.1f} before, {os.getloadavg()[0]:.1f} after")
 
 

@@ -131,14 +131,20 @@ def test_deletions_modes_owners_and_attributes(tmp_path: Path) -> None:
     run(main())
 
 
-@switching
-def test_folders_of_the_machine_that_a_sandbox_may_write_to(tmp_path: Path) -> None:
-    images = HandMade(tmp_path / "image")
+def shared_folder(tmp_path: Path, images: HandMade) -> Path:
+    """A folder of the machine, with a file and a folder, that sandboxes of the image may write to at /shared."""
     shared = tmp_path / "shared"
     (shared / "below").mkdir(parents=True)
     (shared / "file").write_text("host\n")
     (images.layer / "shared").mkdir()
     images.binds = (*images.binds, Bind(str(shared), "/shared", writable=True, idmap=ROOT))
+    return shared
+
+
+@switching
+def test_folders_of_the_machine_that_a_sandbox_may_write_to(tmp_path: Path) -> None:
+    images = HandMade(tmp_path / "image")
+    shared = shared_folder(tmp_path, images)
 
     async def main() -> None:
         async with forking(tmp_path, images) as (runtime, box):

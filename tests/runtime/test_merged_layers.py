@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 
 from rock import errors, faults
-from rock.images.records import Bind
 from rock.protocol.sandbox import ArchivedFiles
 from rock.runtime.namespace.layers import merger, merges
 from rock.runtime.namespace.runtime import NamespaceRuntime
-from tests.runtime.boxes import ROOT, Box, HandMade, namespace_runtime, run
-from tests.runtime.test_frozen_files import CONFIG, child, forking, shell, switching
+from tests.runtime.boxes import Box, HandMade, namespace_runtime, run
+from tests.runtime.test_frozen_files import CONFIG, child, forking, shared_folder, shell, switching
 
 TREE = ("cd /; find work etc opt ! -type d -printf '%p %y %m %U:%G %s %T@ %l\\n' | sort; "
         "find work etc opt -type d -printf '%p %m %U:%G %T@\\n' | sort; "  # the size of a folder may differ
@@ -36,20 +35,20 @@ def early(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     faults.arm("")
 
 
-def operations(random: random.Random) -> str:
+def operations(chance: random.Random) -> str:
     """A script of random changes below /work, /etc and /opt; each one may fail."""
     names = [f"{top}/{a}{b}" for top in ("/work", "/etc", "/opt") for a in "ab" for b in ("", "/x", "/x/y", "/z")]
-    one, two = random.sample(names, 2)
+    one, two = chance.sample(names, 2)
     kinds = (
         f"mkdir -p {one}", f"mkdir -p {one}; echo $RANDOM > {one}/file; echo $RANDOM >> {one}/log", f"rm -rf {one}",
         f"rm -rf {one}; mkdir -p {one}; echo new > {one}/only", f"rm -rf {one}; echo file > {one}",
         f"mv -T {one} {two}", f"ln {one}/file {two}/hard", f"ln -sfn {two} {one}",
-        f"chmod {random.choice('57')}51 {one}",
-        f"touch -d @{random.randrange(10**9)} {one}", f"mkfifo {one}/fifo", f"truncate -s 100k {one}/sparse",
-        f"rm -f {one}/file; rm -f {two}/log", f"setfattr -n user.note -v {random.randrange(99)} {one}",
+        f"chmod {chance.choice('57')}51 {one}",
+        f"touch -d @{chance.randrange(10**9)} {one}", f"mkfifo {one}/fifo", f"truncate -s 100k {one}/sparse",
+        f"rm -f {one}/file; rm -f {two}/log", f"setfattr -n user.note -v {chance.randrange(99)} {one}",
         f"cp -a {one} {two}/copy", "rm -rf /etc/group; echo g > /etc/passwd2", f"chown 1000:1000 {one}",
     )  # fmt: skip
-    return random.choice(kinds)
+    return chance.choice(kinds)
 
 
 async def deep(runtime: NamespaceRuntime, box: Box, count: int, first: int = 0) -> None:
@@ -167,11 +166,7 @@ def test_whiteouts_without_effect_are_not_kept(tmp_path: Path) -> None:
 @switching
 def test_folders_of_the_machine_are_merged_too(tmp_path: Path) -> None:
     images = HandMade(tmp_path / "image")
-    shared = tmp_path / "shared"
-    (shared / "below").mkdir(parents=True)
-    (shared / "file").write_text("host\n")
-    (images.layer / "shared").mkdir()
-    images.binds = (*images.binds, Bind(str(shared), "/shared", writable=True, idmap=ROOT))
+    shared = shared_folder(tmp_path, images)
 
     async def main() -> None:
         async with forking(tmp_path, images) as (runtime, box):
@@ -244,7 +239,8 @@ def test_a_runtime_that_closes_ends_its_merge(tmp_path: Path) -> None:
     async def main() -> None:
         async with forking(tmp_path) as (runtime, box):
             faults.arm("namespace.merge.made=stall:30")
-            await deep_without_waiting(runtime, box, 4)
+            for number in range(4):
+                await runtime.checkpoint(box.handle, f"{number:032x}", "switch")
             assert runtime._snapshots.merges._running
             async with asyncio.timeout(5):
                 await runtime._snapshots.merges.close()
@@ -252,11 +248,6 @@ def test_a_runtime_that_closes_ends_its_merge(tmp_path: Path) -> None:
             faults.arm("")
 
     run(main())
-
-
-async def deep_without_waiting(runtime: NamespaceRuntime, box: Box, count: int) -> None:
-    for number in range(count):
-        await runtime.checkpoint(box.handle, f"{number:032x}", "switch")
 
 
 # ---- the program that merges ----

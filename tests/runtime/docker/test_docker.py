@@ -28,14 +28,6 @@ from tests.runtime.docker.engines import TestEngine
 HAND = "rock-test/hand:1"
 
 
-@pytest.fixture(scope="module")
-def engine() -> TestEngine:
-    try:
-        return engines.shared()
-    except engines.CannotBeHad as error:
-        pytest.skip(str(error))
-
-
 def config(image: str = HAND, **values: Any) -> SandboxConfig:
     return SandboxConfig(**{"image": image, "memory": "256m", "cpus": 1, "pids": 256, "runtime": "docker",
                             "pull": "never", **values})  # fmt: skip

@@ -15,14 +15,11 @@ from rock import errors
 from rock.sync import Sandbox, SandboxConfig
 from tests.conftest import RunningServer
 from tests.runtime.docker import engines
+from tests.runtime.docker.engines import TestEngine
 
 
 @pytest.fixture
-def docker_server(own_server: Callable[..., RunningServer]) -> RunningServer:
-    try:
-        engine = engines.shared()
-    except engines.CannotBeHad as error:
-        pytest.skip(str(error))
+def docker_server(engine: TestEngine, own_server: Callable[..., RunningServer]) -> RunningServer:
     return own_server(DOCKER_HOST=engine.host)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from rock.runtime.base import Forks
 from rock.sync import Client, Sandbox
 from tests.conftest import RunningServer
 from tests.runtime.boxes import Box, run
-from tests.runtime.docker import engines
 from tests.runtime.docker.engines import TestEngine
 from tests.runtime.docker.test_docker import config, opened
 from tests.waiting import until
@@ -23,19 +23,10 @@ A, B = "a" * 32, "b" * 32
 BASE = "rock-test/hand:1"
 
 
-@pytest.fixture(scope="module")
-def engine() -> TestEngine:
-    try:
-        return engines.shared()
-    except engines.CannotBeHad as error:
-        pytest.skip(str(error))
-
-
-def images(engine: TestEngine, *names: str) -> list[str]:
-    """The tags of snapshots that the engine has."""
-    found = subprocess.run(["docker", "-H", engine.host, "images", "-q", "--no-trunc", "rock-snapshot"],
-                           capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
-    return [one for one in found if not names or any(name in one for name in names)]
+def images(engine: TestEngine) -> list[str]:
+    """The ids of the images of snapshots that the engine has."""
+    filters = urllib.parse.quote(json.dumps({"reference": ["rock-snapshot"]}))
+    return sorted(str(image["Id"]) for image in engine.json(f"/images/json?filters={filters}"))
 
 
 def test_files_of_a_container(engine: TestEngine, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from rock.errors import ImageError
 from rock.images.layers.tar_reader import BLOCK, ByteStream, Entry, Kind, TarReader
-from rock.images.layers.writer import LayerWriter
+from rock.images.layers.writer import LayerWriter, is_whiteout
 
 _TYPES = {Kind.FILE: b"0", Kind.HARDLINK: b"1", Kind.SYMLINK: b"2", Kind.FOLDER: b"5", Kind.FIFO: b"6"}
 _MOST_OCTAL = 1 << 33
@@ -193,7 +193,7 @@ class Packer:
 
     def _other(self, parent: int, name: bytes, path: bytes, info: os.stat_result) -> None:
         mode = info.st_mode
-        if stat.S_ISCHR(mode) and info.st_rdev == 0:
+        if is_whiteout(info):
             above = path[: len(path) - len(name)]
             self._tar.header(Entry(above + _WHITEOUT + name, Kind.FILE))
         elif stat.S_ISLNK(mode):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rock.errors import ImageError, NotFound
 from rock.images.layers.tar_reader import Entry, Kind
-from rock.images.layers.writer import LayerWriter
+from rock.images.layers.writer import LayerWriter, is_whiteout
 
 _MOST_LINKS = 40
 _OPAQUE = ("user.overlay.opaque", "trusted.overlay.opaque")
@@ -102,7 +102,7 @@ class Merged:
                 info = os.lstat(real)
             except FileNotFoundError:
                 continue
-            if stat.S_ISCHR(info.st_mode) and info.st_rdev == 0:
+            if is_whiteout(info):
                 break
             if not stat.S_ISDIR(info.st_mode):
                 if found is None:

@@ -198,7 +198,7 @@ class LayerWriter:
                 return
             self._clear(parent, name)
             os.mkdir(name, 0o700, dir_fd=parent)
-            if _is_whiteout(info):
+            if is_whiteout(info):
                 self._opaque(parent, name)
 
     def _make(self, parent: int, name: bytes, entry: Entry, data: Iterable[bytes | memoryview]) -> None:
@@ -283,7 +283,8 @@ class LayerWriter:
         os.utime(fd, ns=(entry.mtime, entry.mtime))
 
 
-def _is_whiteout(info: os.stat_result) -> bool:
+def is_whiteout(info: os.stat_result) -> bool:
+    """Whether a file is overlay's mark of a deleted name."""
     return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
 
 

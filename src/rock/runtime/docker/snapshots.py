@@ -136,19 +136,19 @@ class Snapshots:
         if handle.data["oci"] != "runc":
             raise errors.Unsupported(f"{handle.data['oci']} may have files that the engine does not commit",
                                      sandbox_id=handle.id, hint="use the OCI runtime runc")  # fmt: skip
-        if self._layers(handle) > _MOST_LAYERS:
+        if _above(self._below(handle)) > _MOST_LAYERS:
             raise errors.Unsupported(f"the sandbox is on {_MOST_LAYERS} layers of snapshots: that is the most",
                                      sandbox_id=handle.id, hint="copy its files to a new sandbox")
 
-    def _layers(self, handle: Handle) -> int:
-        below = self._known.get(str(handle.data.get("snapshot")))
-        return 1 if below is None else below.layers + 1
+    def _below(self, handle: Handle) -> Committed | None:
+        """The snapshot from which a sandbox started."""
+        return self._known.get(str(handle.data.get("snapshot")))
 
     async def _commit(self, made: Committed, handle: Handle) -> Committed:
         container = await self._engine.inspect(handle.data["container"])
         if container is None:
             raise errors.Lost("its container was removed from outside", sandbox_id=handle.id)
-        below = self._known.get(str(handle.data.get("snapshot")))
+        below = self._below(handle)
         base = await self._engine.image(str(container.get("Image"))) or {}
         settings = (base.get("Config") or {}) if below is None else below.settings
         kept = {name: settings.get(name) for name in ("Env", "WorkingDir", "User")}
@@ -160,7 +160,7 @@ class Snapshots:
         left_out = [f"volume of the image at {str(one.get('Destination'))[:200]}: an engine does not commit it"
                     for one in container.get("Mounts") or () if one.get("Type") == "volume"]  # fmt: skip
         left_out.append("/dev/shm and other files in memory")
-        return dataclasses.replace(made, image=image, settings=kept, layers=self._layers(handle), bytes=size,
+        return dataclasses.replace(made, image=image, settings=kept, layers=_above(below), bytes=size,
                                    paused_ms=round(paused * 1000, 3), left_out=left_out)
 
     def _write(self, made: Committed) -> None:
@@ -193,6 +193,11 @@ class Snapshots:
         self._known.pop(found.id, None)
         with contextlib.suppress(OSError):
             os.rmdir(self._folder)
+
+
+def _above(below: Committed | None) -> int:
+    """The layers of a snapshot of a sandbox that started from `below`."""
+    return 1 if below is None else below.layers + 1
 
 
 def _report(handle: Handle, found: Committed) -> Frozen:

@@ -158,7 +158,7 @@ class Factory:
                 etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
         elif config.network == "nat":
             etc["resolv.conf"] = isolated_network.RESOLV_CONF
-        frozen = [f"{run_dir}/{records.SNAPSHOTS}/{one}" for one in layers]
+        frozen = [records.layer(run_dir, one) for one in layers]
         binds: list[dict[str, Any]] = [
             {"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
             for bind in kind.rootfs.binds]  # fmt: skip

@@ -26,9 +26,7 @@ what, folder = sys.argv[2], sys.argv[3]
 root = os.geteuid() == 0
 try:
     if what in ("userns", "nested proc") or not root:
-        uid, gid = os.geteuid(), os.getegid()
-        kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
-        userns.become_root(uid, gid)
+        userns.become_root(kernel.CLONE_NEWNS)
     else:
         kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)

@@ -16,6 +16,7 @@ from typing import Any
 
 from rock.errors import NoCapacity
 from rock.host import atomic_file
+from rock.images.records import Bind, RootFS
 from rock.runtime.namespace.launcher import userns
 
 SLOT_PREFIX = "n-"
@@ -23,6 +24,17 @@ BASE = "base"  # the layer on top of every image
 SPARE = "spare"  # folder of prepared run folders
 SNAPSHOTS = "snapshots"  # folder of the layers of snapshots
 _SPAN = 20_000
+
+
+def layer(run_dir: Path, id: str) -> str:
+    """The folder of a snapshot's layer."""
+    return f"{run_dir}/{SNAPSHOTS}/{id}"
+
+
+def written(rootfs: RootFS) -> list[tuple[str, Bind | None]]:
+    """The names of the folders with written files in a run folder or a layer: of those below /, and at each writable
+    bind of the image."""
+    return [("upper", None), *((f"upper{index}", bind) for index, bind in enumerate(rootfs.binds) if bind.writable)]
 
 
 def new_slot() -> str:

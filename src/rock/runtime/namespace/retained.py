@@ -68,8 +68,8 @@ def make_empty(run_dir: Path, slot: str, id: str, rootfs: RootFS) -> None:
     folder = run_dir / slot
     folder.mkdir(mode=0o700)
     records.write(run_dir, slot, record(id, slot))
-    for suffix in ("", *(str(index) for index, bind in enumerate(rootfs.binds) if bind.writable)):
-        (folder / f"upper{suffix}").mkdir(mode=0o755)
+    for name, _ in records.written(rootfs):
+        (folder / name).mkdir(mode=0o755)
 
 
 def strip(run_dir: Path, slot: str, id: str, groups: list[str], layers: Sequence[str]) -> None:

@@ -83,9 +83,7 @@ class Launcher:
             os.setgroups([])  # they would apply to its mounts: mounts.mount_public
             kernel.unshare(kernel.CLONE_NEWNS)
         else:
-            uid, gid = os.geteuid(), os.getegid()
-            kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
-            userns.become_root(uid, gid)
+            userns.become_root(kernel.CLONE_NEWNS)
             counters.write(self.counters.settings_of_all())
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)

@@ -172,8 +172,11 @@ def _fork(creator: int | None) -> int:
     return pid
 
 
-def become_root(uid: int, gid: int) -> None:
-    """After unshare(CLONE_NEWUSER): map the single id that an ordinary user may map to 0."""
+def become_root(namespaces: int = 0) -> None:
+    """Enter a new user namespace, with other new `namespaces` (CLONE_NEW...), and map the single id that an ordinary
+    user may map to 0."""
+    uid, gid = os.geteuid(), os.getegid()
+    kernel.unshare(kernel.CLONE_NEWUSER | namespaces)
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"0 {uid} 1\n")
     _write("/proc/self/gid_map", f"0 {gid} 1\n")

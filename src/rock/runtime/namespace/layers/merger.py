@@ -30,10 +30,11 @@ import resource
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rock.host import folders
-from rock.runtime.namespace.launcher import kernel, userns
+from rock.images.layers.writer import is_whiteout
+from rock.runtime.namespace.launcher import userns
 
 MOST_ENTRIES = 1_000_000
 DEEPEST = 256
@@ -57,7 +58,7 @@ class _Level:
     path: str
     opaque: bool
     todo: Iterator[tuple[str, list[int]]]
-    below: list[int] | None = field(default=None)  # the same folder in the layers below
+    below: list[int] | None = None  # the same folder in the layers below
 
 
 class Merger:
@@ -105,12 +106,12 @@ class Merger:
         info = os.stat(name, dir_fd=holders[0], follow_symlinks=False)
         if stat.S_ISDIR(info.st_mode):
             return self._folder(level, name, holders)
-        if _is_whiteout(info) and (level.opaque or not self._is_below(level, name)):
+        if is_whiteout(info) and (level.opaque or not self._is_below(level, name)):
             return None
         try:
             os.link(name, name, src_dir_fd=holders[0], dst_dir_fd=level.target, follow_symlinks=False)
         except OSError as error:
-            if error.errno != errno.EMLINK or not _is_whiteout(info):  # overlay shares one inode between whiteouts
+            if error.errno != errno.EMLINK or not is_whiteout(info):  # overlay shares one inode between whiteouts
                 raise
             os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=level.target)
         return None
@@ -186,10 +187,6 @@ def _close(level: _Level) -> None:
         os.close(fd)
 
 
-def _is_whiteout(info: os.stat_result) -> bool:
-    return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
-
-
 def _refuse_other_formats() -> None:
     """Refused where overlay stores renames and attributes of files apart from them."""
     for name in ("redirect_dir", "metacopy"):
@@ -203,9 +200,7 @@ def main() -> None:
     try:
         os.nice(10)
         if options["enter"]:
-            uid, gid = os.geteuid(), os.getegid()
-            kernel.unshare(kernel.CLONE_NEWUSER)
-            userns.become_root(uid, gid)
+            userns.become_root()
         if options["overlay"].startswith("trusted."):
             _refuse_other_formats()  # a mount with `userxattr` has neither
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
@@ -216,8 +211,10 @@ def main() -> None:
             below = [os.open(one, _PLACE) for one in part["below"]]
             sources = [os.open(one, _FOLDER) for one in part["sources"]]
             os.mkdir(part["target"], 0o755)
-            Merger(below, options["overlay"]).merge(sources, os.open(part["target"], _FOLDER))
-            os.closerange(3, most if most < 1 << 20 else 1 << 20)
+            target = os.open(part["target"], _FOLDER)
+            Merger(below, options["overlay"]).merge(sources, target)
+            for fd in (*below, *sources, target):
+                os.close(fd)
     except (OSError, Refused) as error:
         sys.exit(str(error))
     except MemoryError:

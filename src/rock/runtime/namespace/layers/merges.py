@@ -115,7 +115,7 @@ class Merges:
             yield Path(self._folder(name))
 
     def _folder(self, layer: str) -> str:
-        return f"{self._run_dir}/{records.SNAPSHOTS}/{layer}"
+        return records.layer(self._run_dir, layer)
 
     @contextlib.asynccontextmanager
     async def _made(self, layers: Layers, sources: Sequence[str], rootfs: RootFS,
@@ -138,13 +138,12 @@ class Merges:
     def _parts(self, folders: Sequence[str], folder: str, rootfs: RootFS) -> list[dict[str, Any]]:
         """What is merged: the files below /, and at each writable bind of the image. Blocking."""
         base = [str(self._run_dir / records.BASE), *rootfs.layers]
-        below = {"upper": base, **{f"upper{index}": [bind.source] for index, bind in enumerate(rootfs.binds)
-                                   if bind.writable}}  # fmt: skip
         parts = []
-        for name, tops in below.items():
+        for name, bind in records.written(rootfs):
             sources = [path for one in folders if os.path.isdir(path := f"{one}/{name}")]
             if sources:
-                parts.append({"sources": sources, "target": f"{folder}/{name}", "below": tops})
+                below = base if bind is None else [bind.source]
+                parts.append({"sources": sources, "target": f"{folder}/{name}", "below": below})
         return parts
 
 

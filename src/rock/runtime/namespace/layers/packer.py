@@ -30,7 +30,7 @@ from typing import Any
 
 from rock.errors import ImageError
 from rock.images.layers.tar_writer import Packer, Part, TarWriter, unpack
-from rock.runtime.namespace.launcher import kernel, userns
+from rock.runtime.namespace.launcher import userns
 
 _MEMORY = 2 << 30
 ARCHIVE_ALTERED = "restart the sandbox once more; if it persists, the archive in ROCK_ARCHIVE is damaged"
@@ -93,9 +93,7 @@ def main() -> None:
     total = _Sum()
     try:
         if options["enter"]:
-            uid, gid = os.geteuid(), os.getegid()
-            kernel.unshare(kernel.CLONE_NEWUSER)
-            userns.become_root(uid, gid)
+            userns.become_root()
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         os.umask(0)
         parts = [Part(part["folder"], os.fsencode(part["target"].strip("/"))) for part in options["parts"]]

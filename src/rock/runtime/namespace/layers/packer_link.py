@@ -15,6 +15,7 @@ from rock import errors
 from rock.host.atomic_file import FULL
 from rock.images.records import RootFS
 from rock.protocol.sandbox import ArchivedFiles
+from rock.runtime.namespace import records
 
 _PACKER = str(Path(__file__).with_name("packer.py"))
 _CHUNK = 1 << 20
@@ -23,11 +24,8 @@ _LONGEST_STATUS = 1 << 16
 
 def parts(folder: Path, rootfs: RootFS) -> list[dict[str, str]]:
     """The folders with a sandbox's written files, and their paths inside."""
-    found = [{"folder": str(folder / "upper"), "target": ""}]
-    for index, bind in enumerate(rootfs.binds):
-        if bind.writable and (folder / f"upper{index}").is_dir():
-            found.append({"folder": str(folder / f"upper{index}"), "target": bind.target})
-    return found
+    return [{"folder": str(folder / name), "target": "" if bind is None else bind.target}
+            for name, bind in records.written(rootfs) if bind is None or (folder / name).is_dir()]  # fmt: skip
 
 
 class _Packer:

@@ -91,7 +91,7 @@ class Snapshots:
 
     def folder(self, snapshot_id: str) -> str:
         """The folder of a snapshot's layer."""
-        return f"{self._folder}/{snapshot_id}"
+        return records.layer(self._slots.run_dir, snapshot_id)
 
     # ---- start and end of the runtime ----
 

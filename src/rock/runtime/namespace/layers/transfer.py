@@ -12,7 +12,7 @@ from rock import faults
 from rock.host.atomic_file import not_kept
 from rock.images.records import RootFS
 from rock.protocol.sandbox import ArchivedFiles
-from rock.runtime.namespace import retained
+from rock.runtime.namespace import records, retained
 from rock.runtime.namespace.layers import packer_link
 from rock.runtime.namespace.layers.merges import PackerOptions
 from rock.runtime.namespace.layers.snapshots import Snapshot, Snapshots, refuse_mount_points
@@ -62,7 +62,5 @@ class LayerTransfer:
 
     def _make(self, folder: str, rootfs: RootFS) -> None:
         self._snapshots.make_folder(folder)
-        os.mkdir(f"{folder}/upper", 0o755)
-        for index, bind in enumerate(rootfs.binds):
-            if bind.writable:
-                os.mkdir(f"{folder}/upper{index}", 0o755)
+        for name, _ in records.written(rootfs):
+            os.mkdir(f"{folder}/{name}", 0o755)
