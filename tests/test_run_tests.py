@@ -52,7 +52,7 @@ def tool(folder: Path, source: str, *, twice: bool = False, **options: Any) -> A
         lanes.append([{"name": "second", "words": ["-q", "test_y.py"]}])
     (folder / "groups.json").write_text(json.dumps(lanes))
     command = [sys.executable, str(TOOL), "--groups", "groups.json", "--record", str(folder / "record.json"), "-c",
-               "/dev/null", "--rootdir", str(folder), "--tb=short"]  # fmt: skip
+               "/dev/null", "--rootdir", str(folder), "--tb=short", *options.pop("words", ())]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(folder), **options.pop("environment", {})}
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, **options)  # fmt: skip
@@ -81,6 +81,36 @@ def test_retries(tmp_path: Path, source: str, status: int, told: str, last: str)
     assert (found, output.splitlines()[-1]) == (status, last) and told in output, output
     assert "the whole suite takes about" in output.splitlines()[0]
     assert not list(tmp_path.glob("rock-tests-*")), "the folder of the tests is removed"
+
+
+HANGS = """
+import signal, subprocess, time
+from pathlib import Path
+def test_hangs():
+    if Path("seen").exists():
+        return
+    Path("seen").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    while True:
+        time.sleep(600)
+"""
+
+
+def test_a_group_that_hangs_is_killed_and_runs_once_more(tmp_path: Path) -> None:
+    status, output = ran(tmp_path, HANGS, words=["--quiet", "8"])
+    assert (status, output.splitlines()[-1]) == (0, "1 passed, 0 failed, 0 skipped"), output
+    assert "HANGS: no output for 8 s" in output and "sleep 600" in output and "in test_hangs" in output, output
+    assert "once more, alone: the group first" in output
+    assert json.loads((tmp_path / "record.json").read_text()) == {"the group first": 1}
+    place = Path("/proc", (tmp_path / "seen").read_text(), "cmdline")
+    assert not place.exists() or not place.read_bytes(), "it was killed"
+
+
+def test_a_process_that_keeps_the_output_does_not_delay_the_end(tmp_path: Path) -> None:
+    source = "import subprocess\ndef test_leaves(capfd):\n    with capfd.disabled():\n        "
+    source += "subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+    began = time.monotonic()
+    status, output = ran(tmp_path, source)
+    assert status == 0 and "1 passed" in output and time.monotonic() - began < 50, output
 
 
 def test_two_lanes_are_added_up(tmp_path: Path) -> None:
