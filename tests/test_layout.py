@@ -16,7 +16,7 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 665,
+    "modules": 675,
     "largest_module_lines": 600,
     "largest_folder": 20,
     "folders_above_20": 0,

@@ -61,8 +61,8 @@ def client() -> Client:
 
 
 def drain_rocklet() -> tuple[Callable[[], int], Callable[[], None]]:
-    """Drain the rocklet of ROCK_HOME; returns functions that count its sandboxes, and that have them archived. After
-    that call, those without processes count too. NotFound, Unsupported."""
+    """Drain the rocklet of ROCK_HOME, or all of its processes; returns functions that count its sandboxes, and that
+    have them archived. After that call, those without processes count too. NotFound, Unsupported."""
     import json
     import os
     import signal
@@ -76,13 +76,18 @@ def drain_rocklet() -> tuple[Callable[[], int], Callable[[], None]]:
         raise NotFound(f"no rocklet that joined a server runs with ROCK_HOME={home}",
                        hint="set ROCK_HOME to the one of the rocklet, or name a worker")
     os.kill(int(note["pid"]), signal.SIGUSR1)
-    own = Client(url, OPTIONS.api_key)
+    owns = [Client(url, OPTIONS.api_key)]
+    folders = sorted((home / settings.PROCESSES).glob("*"))
+    if folders:  # of several processes, each with its own key
+        given = OPTIONS.api_key or settings.variable("ROCK_API_KEY")
+        owns = [Client(one, given or (folder / settings.OWNER_KEY).read_text().strip())
+                for folder in folders if (one := server_of(folder)) is not None]  # fmt: skip
 
     archiving = False
 
     def left() -> int:
-        found = own.transport.json("GET", "/node/v1/sandboxes")
-        return len(found["sandboxes"]) + (len(found["kept"]) if archiving else 0)
+        found = [own.transport.json("GET", "/node/v1/sandboxes") for own in owns]
+        return sum(len(one["sandboxes"]) + (len(one["kept"]) if archiving else 0) for one in found)
 
     def archive() -> None:
         nonlocal archiving

@@ -32,9 +32,12 @@ def rocklet_main() -> None:
     parser.add_argument("--advertise", default=None, metavar="URL", help="where servers reach this rocklet")
     parser.add_argument("--tunnel", action="store_const", const="on", default=None,
                         help="servers cannot reach this rocklet: open connections to them instead")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="N",
+                        help="N rocklet processes, the workers NAME, NAME-1, ... at the ports PORT, PORT + 1, ...; "
+                             "requires --join, and is 1 unless given")  # fmt: skip
     given = _place(parser)
     _run(given, "Rocklet", api_key=given.token, join=given.join, worker_name=given.name, advertise=given.advertise,
-         tunnel=given.tunnel)  # fmt: skip
+         tunnel=given.tunnel, processes=given.workers)  # fmt: skip
 
 
 def envhub_main() -> None:

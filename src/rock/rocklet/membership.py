@@ -46,6 +46,7 @@ _IMAGES_EVERY = 10.0
 _MOST_IMAGES = 200
 _AGAIN = 2.0  # seconds after which a failed end is repeated
 _HEADER = EPOCH.encode()
+IDENTITY = "worker.json"  # the file with the identity of a worker
 SERVER_DOWN = "check the URLs of --join and the network; the worker tries again by itself"  # hint of errors
 
 

@@ -65,8 +65,10 @@ class Home:
         return self.folder / NOTE
 
     def take(self) -> None:
-        """Lock it, and restrict its permissions. Conflict when another server holds it; InvalidConfig."""
-        self.lock()
+        """Lock it unless it is locked already, and restrict its permissions. Conflict when another server holds it;
+        InvalidConfig."""
+        if self._lock is None:
+            self.lock()
         self.reserve.prepare()
 
     def lock(self) -> None:

@@ -1,4 +1,5 @@
-"""One of several rocklet processes of a server: `python -m rock.cli.serve.member`, started by processes.py.
+"""One of several rocklet processes of a machine: `python -m rock.cli.serve.member`, started by processes.py for a
+server, and by group.py for a worker that joins one.
 
 Standard input: one line with the settings as JSON; its end is the end of the server. Standard output: one line when the
 process serves, or when it does not start.
@@ -14,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rock.cli.serve.serve import Rocklet, http_over, listen, prepare_process, ru
 from rock.errors import Conflict, RockError, ServerError
 from rock.http import unix
 from rock.http.middleware import dropping
+from rock.protocol.node import PROCESS
 from rock.settings import Settings
 from rock.telemetry import set_up_logs
 
@@ -34,7 +37,7 @@ _LOOK = 0.1
 
 
 class MemberHome(Home):
-    """The home of a process: only its lock. Clients find the server by the server's own home."""
+    """The home of a process: its lock, and for a worker its address. Clients find a server by the server's home."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.process_dir)
@@ -57,14 +60,49 @@ class MemberHome(Home):
                     raise
                 await asyncio.sleep(_LOOK)
 
-    def release(self) -> None:
-        self.unlock()
-
 
 async def serve(settings: Settings) -> None:
-    """Serve at the socket of this process until SIGTERM, or until the server ends."""
+    """Serve until SIGTERM, or until the process that started this one ends: at the sockets of a process of a server,
+    or at a port of a worker that joins one. Conflict, InvalidConfig."""
     home = MemberHome(settings)
     await home.wait()
+    await (_serve_server(settings, home) if settings.advertise.startswith(PROCESS) else _serve_worker(settings, home))
+
+
+async def _serve_worker(settings: Settings, home: MemberHome) -> None:
+    listener = listen(settings.host, settings.port)
+    try:
+        rocklet = Rocklet(replace(settings, port=listener.getsockname()[1]), home=home)
+        await rocklet.open()
+    except BaseException:
+        listener.close()
+        raise
+    try:
+        http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, settings)
+
+        async def drain() -> None:
+            try:
+                await rocklet.observed.drain(settings.drain_seconds)
+            finally:
+                rocklet.let_go()
+
+        assert rocklet.membership is not None  # group.py requires --join
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, rocklet.membership.leave)  # rock worker drain --self
+        loop.add_signal_handler(signal.SIGUSR2, rocklet.membership.evacuate)
+        with stop_on_signals(http, drain):
+            when_input_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # the sandboxes continue
+            gc.freeze()
+            gc.enable()
+            home.write(settings.host, listener.getsockname()[1], settings.tls_cert, joins=True)
+            _say({"pid": os.getpid()})
+            await http.serve(sockets=[listener])
+    finally:
+        listener.close()
+        await rocklet.close()  # last: it unlocks the home for the next process, which listens at the same port
+
+
+async def _serve_server(settings: Settings, home: MemberHome) -> None:
     rocklet = Rocklet(settings, home=home)
     for old in settings.process_dir.glob("*.sock"):
         old.unlink(missing_ok=True)

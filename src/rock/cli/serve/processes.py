@@ -20,6 +20,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 from asyncio.subprocess import Process as Child
@@ -155,7 +156,7 @@ class Processes:
         self._folder = settings.home / PROCESSES
         # Another worker could have learned the name of a process, but not its address.
         self.urls = {name: f"{PROCESS}{secrets.token_hex(16)}" for name in self.names}
-        self._members = [_Member(self._settings_of(number)) for number in range(count)]
+        self._members = Members([self._settings_of(number) for number in range(count)])
 
     def listen(self) -> socket.socket:
         """The socket at which processes join, to be served by the server."""
@@ -185,6 +186,25 @@ class Processes:
 
     async def open(self) -> None:
         """Start all processes, and wait until they serve. The error of one that does not start."""
+        await self._members.open()
+
+    def let_go(self) -> None:
+        """Ask every process to end; its sandboxes continue."""
+        self._members.let_go()
+
+    async def close(self) -> None:
+        """Wait until every process has ended."""
+        await self._members.close()
+
+
+class Members:
+    """The processes with these settings, each of which is started again whenever it ends."""
+
+    def __init__(self, settings: Iterable[Settings]) -> None:
+        self._members = [_Member(one) for one in settings]
+
+    async def open(self) -> None:
+        """Start all, and wait until they serve. The error of one that does not start."""
         for member in self._members:
             member.open()
         try:
@@ -192,6 +212,11 @@ class Processes:
         except BaseException:
             await self.close()
             raise
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process that runs."""
+        for member in self._members:
+            member.signal(number)
 
     def let_go(self) -> None:
         """Ask every process to end; its sandboxes continue."""
@@ -218,10 +243,13 @@ class _Member:
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep(), name=f"process-{self._settings.process}")
 
+    def signal(self, number: int) -> None:
+        if self._child is not None and self._child.returncode is None:
+            self._child.send_signal(number)
+
     def let_go(self) -> None:
         self._ending = True
-        if self._child is not None and self._child.returncode is None:
-            self._child.terminate()
+        self.signal(signal.SIGTERM)
 
     async def close(self) -> None:
         if self._task is None:
@@ -230,11 +258,12 @@ class _Member:
         child = self._child
         if child is not None:
             try:
-                async with asyncio.timeout(_END_WITHIN):
+                within = _END_WITHIN + self._settings.drain_seconds
+                async with asyncio.timeout(within):
                     await child.wait()
             except TimeoutError:
                 log.error("process %d (pid %d) did not end within %g s: killed", self._settings.process, child.pid,
-                          _END_WITHIN)  # fmt: skip
+                          within)  # fmt: skip
                 child.kill()
                 await child.wait()
         self._task.cancel()

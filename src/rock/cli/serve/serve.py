@@ -27,6 +27,7 @@ from rock.admin.auth import Authenticated
 from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
+from rock.cli.serve import group
 from rock.cli.serve.control import Control, LocalWorker, direct_to, door_of, lease_of, page_of, reach_with
 from rock.cli.serve.dialects import e2b_of
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway
@@ -51,7 +52,7 @@ from rock.protocol.sandbox import parse_size
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api.sandboxes import Api
 from rock.rocklet.images.store import Images
-from rock.rocklet.membership import FencingToken, Joining, Membership, servers_of
+from rock.rocklet.membership import IDENTITY, FencingToken, Joining, Membership, servers_of
 from rock.rocklet.node import Node
 from rock.runtime import plugins
 from rock.runtime.base import Runtime
@@ -239,7 +240,7 @@ def membership_of(settings: Settings, node: Node) -> Membership | None:
         raise InvalidConfig(f"ROCK_LEASE_LOST={settings.lease_lost} is not a known choice", hint="use stop or keep")
     return Membership(node, Joining(servers, name, url.rstrip("/"), settings.lease_lost == "keep", tunnel,
                                     settings.api_key),
-                      settings.process_dir / "worker.json")  # fmt: skip
+                      settings.process_dir / IDENTITY)  # fmt: skip
 
 
 def _reached_at(settings: Settings, server: RemoteApp) -> str:
@@ -412,13 +413,19 @@ def http_over(
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """The application of a process with these settings."""
-    count = count_of(settings)
-    if role is not Server and settings.processes > 1:
-        raise Unsupported(f"ROCK_PROCESSES={settings.processes}: a rocklet is one process",
-                          hint="start several rocklets, each with its own ROCK_HOME, --name and --port")  # fmt: skip
-    if role is Server and (count > 1 or not has_sandboxes(settings)):
-        return Control(settings, make_store(settings), count)
-    return role(settings)
+    if role is Server:
+        count = count_of(settings)
+        if count > 1 or not has_sandboxes(settings):
+            return Control(settings, make_store(settings), count)
+        return Server(settings)
+    home = Home(settings.home)
+    home.take()
+    try:
+        group.settle(settings)
+        return Rocklet(settings, home=home)
+    except BaseException:
+        home.release()
+        raise
 
 
 async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
@@ -520,12 +527,12 @@ def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any
 
 
 def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
-    """Serve in this process until a stop. Raises RockError when it cannot start."""
+    """Serve until a stop. Raises RockError when it cannot start."""
     make_private(settings.home)
     Reserve(settings.home).prepare()
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
     prepare_process(settings)
-    run(serve(settings, role))
+    run(group.serve(settings) if role is Rocklet and settings.processes > 1 else serve(settings, role))
 
 
 def prepare_process(settings: Settings) -> None:
