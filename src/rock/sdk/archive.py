@@ -11,8 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
 from rock.errors import InvalidConfig, ServerError
+from rock.protocol import tar
 
 CHUNK = 1 << 20
+_PORTION = 256 << 10
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 Progress = Callable[[int], object]
 
@@ -70,25 +73,39 @@ class FolderSource:
         return None
 
     def chunks(self) -> Iterator[bytes]:
-        yield from self._walk(self._folder, "")
-        yield bytes(2 * tarfile.BLOCKSIZE)
+        """Portions of at most CHUNK bytes: many small files are one of about _PORTION."""
+        parts: list[bytes] = []
+        size = 0
+        for part in self._parts():
+            if parts and size + len(part) > _PORTION:
+                yield b"".join(parts)
+                parts, size = [], 0
+            parts.append(part)
+            size += len(part)
+        yield b"".join(parts)
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[bytes]:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            path, name = Path(entry.path), prefix + entry.name
-            status = path.lstat()
+    def _parts(self) -> Iterator[bytes]:
+        yield from self._walk(str(self._folder), "")
+        yield tar.END
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[bytes]:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            name = prefix + entry.name
+            status = entry.stat(follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):
-                yield header(name + "/", status, tarfile.DIRTYPE)
-                yield from self._walk(path, name + "/")
+                yield header(name + "/", status, tar.FOLDER)
+                yield from self._walk(entry.path, name + "/")
             elif stat.S_ISLNK(status.st_mode):
-                yield header(name, status, tarfile.SYMTYPE, os.readlink(path))
+                yield header(name, status, tar.LINK, os.readlink(entry.path))
             elif stat.S_ISREG(status.st_mode):
-                yield from self._file(path, name, status)
+                yield from self._file(entry.path, name, status)
 
-    def _file(self, path: Path, name: str, status: os.stat_result) -> Iterator[bytes]:
+    def _file(self, path: str, name: str, status: os.stat_result) -> Iterator[bytes]:
         left = status.st_size
         with open(path, "rb", buffering=0) as file:
-            yield header(name, status, tarfile.REGTYPE)
+            yield header(name, status, tar.FILE)
             while left:
                 chunk = file.read(min(CHUNK, left))
                 chunk = chunk or bytes(min(CHUNK, left))  # it shrank meanwhile: the header promised more
@@ -96,17 +113,14 @@ class FolderSource:
                 if self._progress:
                     self._progress(len(chunk))
                 yield chunk
-        if status.st_size % tarfile.BLOCKSIZE:
-            yield bytes(-status.st_size % tarfile.BLOCKSIZE)
+        if status.st_size % tar.BLOCK:
+            yield tar.padding(status.st_size)
 
 
 def header(name: str, status: os.stat_result, kind: bytes, target: str = "") -> bytes:
     """The head of an entry of a tar; a file's content follows."""
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    info.mode, info.mtime = stat.S_IMODE(status.st_mode), status.st_mtime
-    info.size = status.st_size if kind == tarfile.REGTYPE else 0
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    size = status.st_size if kind == tar.FILE else 0
+    return tar.header(name, kind, status.st_mode, status.st_mtime, size, target)
 
 
 class Incoming:
@@ -157,61 +171,71 @@ class _Unpacker:
     def __init__(self, root: Path) -> None:
         self.left_out: list[str] = []
         self._root = root
-        self._files: dict[PurePosixPath, Path] = {}
-        self._links: list[tuple[Path, str]] = []
-        self._folders: list[tuple[Path, tarfile.TarInfo]] = []
+        self._placed: set[str] = set()  # folders that exist inside the root
+        self._files: dict[str, str] = {}
+        self._links: list[tuple[str, str]] = []
+        self._folders: list[tuple[str, tarfile.TarInfo]] = []
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         name = _inside(member.name)
-        path = self._root.joinpath(*name.parts)
+        path = os.path.join(self._root, name)
         if member.isdir():
             self._place(path)
-            if path.is_symlink() or not path.is_dir():
-                path.unlink(missing_ok=True)
-            path.mkdir(exist_ok=True)
+            if os.path.islink(path) or not os.path.isdir(path):
+                Path(path).unlink(missing_ok=True)
+                self._placed.clear()  # folders below the link
+                os.mkdir(path)
             self._folders.append((path, member))
-        elif not name.parts:
+        elif not name:
             raise ServerError("the archive is unsafe: its root is not a folder")
         elif member.isreg():
-            self._place(path.parent)
+            self._place(os.path.dirname(path))
             self._write(archive, member, path)
             self._files[name] = path
         elif member.issym():
-            if _stays_inside(name, member.linkname):
+            if _stays_inside(PurePosixPath(name), member.linkname):
                 self._links.append((path, member.linkname))
             else:
-                self.left_out.append(str(name))
+                self.left_out.append(name)
         elif member.islnk() and (source := self._files.get(_inside(member.linkname))):
-            self._place(path.parent)
+            self._place(os.path.dirname(path))
             _clear(path)
             os.link(source, path)
             self._files[name] = path
         else:
-            self.left_out.append(str(name))
+            self.left_out.append(name)
 
     def finish(self) -> None:
         for path, target in self._links:
-            self._place(path.parent)
+            self._place(os.path.dirname(path))
             _clear(path)
             os.symlink(target, path)
+            self._placed.clear()
         for path, member in reversed(self._folders):
-            if not path.is_symlink():
+            if not os.path.islink(path):
                 os.chmod(path, member.mode & 0o777 | 0o700)
                 os.utime(path, (member.mtime, member.mtime))
 
-    def _place(self, folder: Path) -> None:
+    def _place(self, path: str) -> None:
         """Make a folder, unless a link on the way leads out of the root."""
+        if path in self._placed:
+            return
+        folder = Path(path)
         if not folder.parent.resolve().is_relative_to(self._root) or not folder.resolve().is_relative_to(self._root):
             if folder != self._root:
                 raise ServerError(f"the archive is unsafe: {folder} leads out of {self._root}")
         elif not folder.exists():
             folder.mkdir(parents=True)
+        self._placed.add(path)
 
-    def _write(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    def _write(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
         content = archive.extractfile(member)
         assert content is not None
-        _clear(path)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        try:
+            handle = os.open(path, _NEW, 0o600)
+        except FileExistsError:
+            _clear(path)
+            handle = os.open(path, _NEW, 0o600)
         with os.fdopen(handle, "wb", buffering=0) as out:
             while chunk := content.read(CHUNK):
                 view = memoryview(chunk)
@@ -221,18 +245,19 @@ class _Unpacker:
         os.utime(path, (member.mtime, member.mtime))
 
 
-def _clear(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+def _clear(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
         raise InvalidConfig(f"{path} is a folder here and a file in the archive", hint="choose another local folder")
-    path.unlink(missing_ok=True)
+    Path(path).unlink(missing_ok=True)
 
 
-def _inside(name: str) -> PurePosixPath:
-    path = PurePosixPath(name)
+def _inside(name: str) -> str:
+    """The name without empty parts and `.`; "" for the root of the archive."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
     bad = os.name == "nt" and any(c in name for c in ":\\")
-    if path.is_absolute() or ".." in path.parts or "\0" in name or bad:
+    if name.startswith("/") or ".." in parts or "\0" in name or bad:
         raise ServerError(f"the archive is unsafe: it has a member named {name!r}")
-    return path
+    return "/".join(parts)
 
 
 def _stays_inside(name: PurePosixPath, target: str) -> bool:

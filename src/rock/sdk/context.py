@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rock.errors import InvalidConfig
+from rock.protocol import tar
 from rock.protocol.images import BuildRequest
 from rock.protocol.routes import Frame, pack_frame
 from rock.sdk.archive import FolderSource, header
@@ -96,20 +96,22 @@ class ContextSource(FolderSource):
         for part in super().chunks():
             yield pack_frame(Frame.STDOUT, part)
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[bytes]:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    def _walk(self, folder: str, prefix: str) -> Iterator[bytes]:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
             name = prefix + entry.name
-            path, status = Path(entry.path), entry.stat(follow_symlinks=False)
+            path, status = entry.path, entry.stat(follow_symlinks=False)
             out = self._ignored(name)
             if stat.S_ISDIR(status.st_mode):
                 if not out:
-                    yield header(name + "/", status, tarfile.DIRTYPE)
+                    yield header(name + "/", status, tar.FOLDER)
                 if not self._ignored.prunes(name):
                     yield from self._walk(path, name + "/")
             elif out:
                 continue
             elif stat.S_ISLNK(status.st_mode):
-                yield header(name, status, tarfile.SYMTYPE, os.readlink(path))
+                yield header(name, status, tar.LINK, os.readlink(path))
             elif stat.S_ISREG(status.st_mode):
                 yield from self._file(path, name, status)
 

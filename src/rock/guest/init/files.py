@@ -6,6 +6,7 @@ O_PATH and inspected before it is opened for use. Long operations run in a child
 
 from __future__ import annotations
 
+import binascii
 import errno
 import json
 import os
@@ -342,10 +343,112 @@ def space(request: dict[str, Any]) -> Reply:
                       found.f_files - found.f_ffree, found.f_files]}, []
 
 
+# ---- many small files in one request ----
+
+BATCH = 40_000  # bytes of all contents of a request or a reply: it fits into one packet
+BATCH_ENTRIES = 64  # pid 1 serves nothing else meanwhile
+
+
+def write_entries(request: dict[str, Any]) -> Reply:
+    """Create folders, links and small files in order. Each file replaces an old one atomically; when one fails, those
+    before it stay."""
+    child = bool(request.get("in_child"))
+    folders: dict[str, str] = {}  # resolved, by path
+    for entry in request["entries"][:BATCH_ENTRIES]:
+        fields = {**entry, "in_child": child}
+        if entry["kind"] == "directory":
+            make_dir(fields)
+        elif entry["kind"] == "symlink":
+            try:
+                remove_path(fields)
+            except Fault as fault:
+                if fault.code != "not_found":
+                    raise
+            symlink(fields)
+            folders.clear()
+        else:
+            _write_file(fields, folders)
+    return {}, []
+
+
+def _write_file(fields: dict[str, Any], folders: dict[str, str]) -> None:
+    path = _path(fields)
+    data = memoryview(binascii.a2b_base64(fields["data"]))
+    folder, name = os.path.split(path)
+    try:
+        place = folders.get(folder)
+        if place is None:
+            place = folders[folder] = os.path.realpath(folder)
+            make_parents(place)
+        if name in ("", ".", "..") or _stat_or_none(f"{place}/{name}") is not None:
+            _replace_file(fields, data)
+            return
+        beside = f"{place}/.{name[:100]}.{os.urandom(6).hex()}.part"
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                while data:
+                    data = data[os.write(fd, data):]
+                os.fchmod(fd, int(fields["mode"]))
+            finally:
+                os.close(fd)
+            os.rename(beside, f"{place}/{name}")
+        except OSError:
+            os.unlink(beside)
+            raise
+    except OSError as error:
+        raise of_os_error(error, path) from None
+
+
+def _replace_file(fields: dict[str, Any], data: memoryview) -> None:
+    """As a write of the whole file: it keeps the owner, follows a link, and knows mount points."""
+    reply, [fd] = open_write(fields)
+    token = {"token": reply["token"], "in_child": fields["in_child"]}
+    try:
+        try:
+            while data:
+                data = data[os.write(fd, data):]
+        finally:
+            os.close(fd)
+    except OSError:
+        if reply["token"]:
+            abort_write(token)
+        raise
+    if reply["token"]:
+        commit_write(token)
+
+
+def read_files(request: dict[str, Any]) -> Reply:
+    """Contents of regular files, of BATCH bytes together; null for one that is larger, or cannot be read."""
+    left = BATCH
+    found: list[str | None] = []
+    for path in request["paths"][:BATCH_ENTRIES]:
+        content = _read_small(str(path), left, bool(request.get("in_child")))
+        left -= len(content or b"")
+        found.append(None if content is None else binascii.b2a_base64(content, newline=False).decode())
+    return {"files": found}, []
+
+
+def _read_small(path: str, most: int, in_child: bool) -> bytes | None:
+    try:
+        fd = _open_regular(_path({"path": path}), os.O_RDONLY, in_child)
+    except (Fault, OSError):
+        return None
+    try:
+        content = os.read(fd, most + 1)
+        complete = len(content) == os.fstat(fd).st_size
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return content if complete and len(content) <= most else None
+
+
 OPERATIONS: dict[str, Operation] = {
     "open_read": open_read, "open_write": open_write, "commit_write": commit_write, "abort_write": abort_write,
     "stat": stat_path, "list": list_folder, "remove": remove_path, "make_dir": make_dir, "symlink": symlink,
     "move": move, "chmod": chmod, "chown": chown, "space": space,
+    "write_entries": write_entries, "read_files": read_files,
 }
 
 

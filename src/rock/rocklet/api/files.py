@@ -10,7 +10,7 @@ from rock.http.asgi import JSON_OBJECT, Answer, Request, Router, answer
 from rock.protocol.action import ChmodRequest, ChownRequest, FileInfo
 from rock.protocol.node import FileList
 from rock.protocol.routes import ROUTES
-from rock.rocklet import files
+from rock.rocklet import files, folders
 from rock.rocklet.durability.idempotency import IdempotentCalls
 from rock.rocklet.node import Node
 from rock.rocklet.sandbox import Supervisor
@@ -152,7 +152,7 @@ class FileApi:
         path = files.inside(request.required("path"))
         with sandbox.active():
             await files.of(sandbox.runtime).stat(sandbox.handle, path)
-        packed = files.pack(sandbox.runtime, sandbox.handle, path)
+        packed = folders.pack(sandbox.runtime, sandbox.handle, path)
         return Answer(stream=sandbox.during(packed), content_type=b"application/x-tar")
 
     async def upload_dir(self, request: Request) -> Answer:
@@ -160,7 +160,7 @@ class FileApi:
         path = files.inside(request.required("path"))
         with sandbox.active():
             async with sandbox.uploads.one():
-                await files.unpack(sandbox.runtime, sandbox.handle, path, request.chunks())
+                await folders.unpack(sandbox.runtime, sandbox.handle, path, request.chunks())
             return answer(await self._info(sandbox, path))
 
 
