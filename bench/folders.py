@@ -54,7 +54,7 @@ def cpu_of(pid: int) -> float:
     """CPU seconds of a process with all of its descendants; of those that ended when their parent waited for them."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        children = [child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+        children = " ".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")).split()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(cpu_of(int(child)) for child in children)

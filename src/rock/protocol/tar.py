@@ -22,6 +22,8 @@ def header(
 ) -> bytes:
     """The header of an entry. size: of the content of a FILE in bytes, which follows with `padding`. target: of a
     LINK. mtime: seconds since the epoch, of which the fraction is dropped."""
+    if kind == FOLDER and not name.endswith("/"):
+        name += "/"
     fits = 0 <= mtime < _LARGE and 0 <= size < _LARGE and 0 <= uid < _SMALL and 0 <= gid < _SMALL
     if fits and name.isascii() and target.isascii() and 0 < len(name) < _FIELD and len(target) < _FIELD:
         numbers = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode & 0o7777, uid, gid, size, int(mtime))

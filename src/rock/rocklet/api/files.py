@@ -1,4 +1,4 @@
-"""Routes of files: read, write, list, pack and unpack, over rocklet/files.py."""
+"""Routes of files: read, write, list, pack and unpack, over rocklet/transfers/."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rock.http.asgi import JSON_OBJECT, Answer, Request, Router, answer
 from rock.protocol.action import ChmodRequest, ChownRequest, FileInfo
 from rock.protocol.node import FileList
 from rock.protocol.routes import ROUTES
-from rock.rocklet import files, folders
 from rock.rocklet.durability.idempotency import IdempotentCalls
 from rock.rocklet.node import Node
 from rock.rocklet.sandbox import Supervisor
+from rock.rocklet.transfers import files, folders
 
 _RAW = b"application/octet-stream"
 

@@ -19,9 +19,9 @@ from typing import Any
 from rock.errors import InvalidConfig, NotFound, Unsupported
 from rock.guest.init.files import BATCH, BATCH_ENTRIES
 from rock.protocol import tar
-from rock.rocklet import files as transfers
 from rock.rocklet.commands.output import write_all
-from rock.rocklet.files import CHUNK, Reading, full_or
+from rock.rocklet.transfers import files as transfers
+from rock.rocklet.transfers.files import CHUNK, Reading, full_or
 from rock.runtime.base import Files, FileStat, Handle, Runtime
 from rock.runtime.init.files import FileBatches
 
