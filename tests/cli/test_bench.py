@@ -43,3 +43,17 @@ def test_every_row_is_measured_next_to_its_floor(tmp_path: Path) -> None:
     assert figures["base install, distributions"]["p50"] <= 40
     assert figures["base install, size"]["p50"] <= 60
     assert list(tmp_path.iterdir()) == [], "bench leaves nothing behind"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("row", ["create", "command"])
+def test_a_profile_names_the_parts_of_every_process(row: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rock.cli.main", "bench", "--short", "--profile", row]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environ)
+    assert done.returncode == 0, done.stderr
+    found = {tuple(line[:32].split(None, 1)) for line in done.stdout.splitlines()[3:]}
+    processes = {one for one, _ in found}
+    assert processes >= {"client", "server"}
+    assert any(part.strip() in ("rocklet", "runtime", "HTTP and queueing") for one, part in found if one == "server")
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from rock.cli.bench import forks, gateway
+from rock.cli.bench import forks, gateway, profiling
 from rock.cli.bench.floors import bare_server
 from rock.cli.bench.measuring import (
     commands,
@@ -180,11 +180,18 @@ async def _gateway(short: bool) -> list[Figure]:
 @command(example="rock bench --short")
 @json_option
 @click.option("--short", is_flag=True, help="Repeat each measurement a few times only, as a functional test.")
-def bench(json_: bool, short: bool) -> None:
+@click.option("--profile", type=click.Choice(list(profiling.ROWS)), metavar="ROW",
+              help=f"Show in which processes and parts an operation spends its time: {', '.join(profiling.ROWS)}.")
+def bench(json_: bool, short: bool, profile: str | None) -> None:
     """Measure this machine: results against a baseline.
 
     It measures the embedded runtime with a server of its own, and takes about a minute and a half.
     """
+    if profile is not None:
+        if json_:
+            raise click.UsageError("--profile prints a table, and excludes --json")
+        profiling.show(profile, short)
+        return
     inside = serve.run(server_side(50 if short else 1000))
     rows = [figure.row() for figure in asyncio.run(measure(short, inside))]
     if json_:

@@ -42,7 +42,7 @@ def running_server(pool: int) -> Iterator[tuple[str, int]]:
             yield found
 
 
-def _config(url: str, **fields: Any) -> SandboxConfig:
+def config_for(url: str, **fields: Any) -> SandboxConfig:
     given = {"base_url": url, "image": "host", "memory": "256m", "cpus": 1.0, "auto_clear_seconds": 600, **fields}
     return SandboxConfig.model_validate(given)
 
@@ -62,7 +62,7 @@ async def first_commands(url: str, count: int, pause: float) -> list[float]:
     """Milliseconds from create to the output of the first command."""
     values = []
     for _ in range(count + 1):
-        sandbox = Sandbox(_config(url))
+        sandbox = Sandbox(config_for(url))
         began = time.perf_counter()
         await sandbox.start()
         seen = await sandbox.arun("echo ready")
@@ -108,7 +108,7 @@ async def _rates(clients: list[Callable[[], Awaitable[Any]]], done: Callable[[],
 
 @contextlib.asynccontextmanager
 async def _sandbox(url: str, **fields: Any) -> AsyncIterator[Sandbox]:
-    sandbox = Sandbox(_config(url, **fields))
+    sandbox = Sandbox(config_for(url, **fields))
     await sandbox.start()
     try:
         yield sandbox
@@ -135,7 +135,7 @@ async def server_side(count: int) -> tuple[list[float], list[float]]:
         server = Server(dataclasses.replace(Settings.read(), home=Path(home), pool_size=0))
         await server.open()
         try:
-            body = _config("http://here").model_dump_json(exclude={"base_url"}).encode()
+            body = config_for("http://here").model_dump_json(exclude={"base_url"}).encode()
             made = await _asked(server, ROUTES["create_sandbox"].url(), body, "wait=60")
             path = {"sandbox_id": made["sandbox_id"]}
             url = ROUTES["run"].url(session="default", **path)
