@@ -74,7 +74,7 @@ def read(path: Path) -> StoredChecksums:
         return found
     found.exists = bool(data)
     entries = []
-    for at in range(0, min(len(data), _SLOTS_AT), _LENGTH):
+    for at in range(0, len(data[:_SLOTS_AT].rstrip(b"\0")), _LENGTH):  # most of the places are empty
         raw = data[at:at + _LENGTH]
         if not any(raw):
             continue
@@ -90,7 +90,7 @@ def read(path: Path) -> StoredChecksums:
         elif what == FORGOTTEN:
             found.began.discard(request)
     found.damaged = max(found.damaged, _missing([entry[0] for entry in entries]))
-    for at in range(_SLOTS_AT, len(data), _SLOT_LENGTH):
+    for at in range(_SLOTS_AT, len(data.rstrip(b"\0")), _SLOT_LENGTH):
         raw = data[at:at + _SLOT.size + _OWN.size]
         if not any(raw):
             continue
