@@ -23,10 +23,14 @@ SUPPORTED = platform.machine() == "x86_64"
 _SINGLESTEP, _DETACH = 9, 17
 _GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 0x4204, 0x4205, 0x4206, 0x4207
 _GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
+_SETOPTIONS, _GETEVENTMSG, _TRACECLONE, _EVENT_CLONE = 0x4200, 0x4201, 8, 3
 _PRSTATUS = 1
 _REGISTERS = 27 * 8
-_RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP = 10, 12, 13, 14, 15, 16
+_RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _RSP = 10, 12, 13, 14, 15, 16, 19
 _R8, _R9, _R10 = 9, 8, 7
+_GENERAL = 15  # registers, which come first
+_CLONE = 56
+_NO_STACK = 8  # an address that is never mapped
 _WALL = 0x40000000
 _EVENT_STOP = 128
 _SYSCALL = b"\x0f\x05"
@@ -205,22 +209,23 @@ class Injection:
         _offset[:] = [at]
         return start + at
 
-    def _wait(self) -> int:
-        """The status of its next stop. A process that does not come to one is killed: it cannot be restored."""
+    @staticmethod
+    def _wait(pid: int) -> int:
+        """The status of the next stop. A process that does not come to one is killed: it cannot be restored."""
         end, pause = time.monotonic() + _PATIENCE, 0.0
         while True:
-            found, status = os.waitpid(self.pid, _WALL | os.WNOHANG)
+            found, status = os.waitpid(pid, _WALL | os.WNOHANG)
             if found:
                 return status
             if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 raise OSError(errno.ETIMEDOUT, "a system call takes too long")
             time.sleep(pause)
             pause = min(pause + 0.00002, 0.001)
 
-    def _set_registers(self, data: bytes) -> None:
+    def _set_registers(self, data: bytes, pid: int = 0) -> None:
         vector = _Vector(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p), len(data))
-        call(_SETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+        call(_SETREGSET, pid or self.pid, _PRSTATUS, ctypes.addressof(vector))
 
     def _set_mask(self, mask: bytes) -> None:
         call(_SETSIGMASK, self.pid, 8, ctypes.cast(ctypes.c_char_p(mask), ctypes.c_void_p).value or 0)
@@ -259,19 +264,64 @@ class Injection:
 
     def call(self, number: int, *arguments: int) -> int:
         """Execute a system call; returns its result. OSError with its errno."""
+        self._prepare(number, *arguments)
+        return self._result(self.pid)
+
+    def clone(self, flags: int) -> int:
+        """Clone the process, with these flags and its own copy of the memory; returns the number of the new process. It
+        is traced by the caller, and about to stop. It has no stack and no values in its registers, and blocks all
+        signals that a process can block: if it continued, it would be killed by a fault. OSError."""
+        os.pwrite(self._memory, self._old, self._room)  # the copy has what was there before
+        call(_SETOPTIONS, self.pid, 0, _TRACECLONE)
+        made: list[int] = []
+        try:
+            self._prepare(_CLONE, flags, _NO_STACK, 0, 0, 0, clear=True)
+            self._result(self.pid, made)
+        except OSError:
+            for pid in made:  # the original was killed
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, _WALL)
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                call(_SETOPTIONS, self.pid, 0, 0)
+        if not made:
+            raise OSError(errno.ENOSYS, "the kernel does not trace a new process")
+        return made[0]
+
+    def step(self, pid: int, number: int, *arguments: int) -> int:
+        """Execute a system call without data in a process of `clone`; returns its result. OSError."""
+        self._prepare(number, *arguments, clear=True, pid=pid)
+        return self._result(pid)
+
+    def _prepare(self, number: int, *arguments: int, clear: bool = False, pid: int = 0) -> None:
+        """Set the registers for a call. clear: no other register has a value that leads to memory."""
         values = list(struct.unpack("=27Q", self._saved))
+        if clear:
+            values[:_GENERAL] = [0] * _GENERAL
         values[_RIP], values[_RAX], values[_ORIG_RAX] = self._instruction, number, (1 << 64) - 1
         for place, value in zip((_RDI, _RSI, _RDX, _R10, _R8, _R9), arguments, strict=False):
             values[place] = value & (1 << 64) - 1
-        self._set_registers(struct.pack("=27Q", *values))
+        if pid:
+            values[_RSP] = _NO_STACK
+        self._set_registers(struct.pack("=27Q", *values), pid)
+
+    def _result(self, pid: int, made: list[int] | None = None) -> int:
+        """The result of the call that is prepared. made: receives the number of a process that it creates. OSError."""
         for _ in range(_MOST_STEPS):
-            call(_SINGLESTEP, self.pid)
-            status = self._wait()
+            call(_SINGLESTEP, pid)
+            status = self._wait(pid)
             if not os.WIFSTOPPED(status):
                 raise OSError(errno.ESRCH, "it ended meanwhile")
+            if made is not None and status >> 8 == signal.SIGTRAP | _EVENT_CLONE << 8:
+                message = ctypes.c_ulong()
+                call(_GETEVENTMSG, pid, 0, ctypes.addressof(message))
+                made.append(message.value)
+                continue
             after = ctypes.create_string_buffer(_REGISTERS)
             vector = _Vector(ctypes.addressof(after), _REGISTERS)
-            call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+            call(_GETREGSET, pid, _PRSTATUS, ctypes.addressof(vector))
             found = struct.unpack("=27Q", after.raw)
             if found[_RIP] != self._instruction:
                 break

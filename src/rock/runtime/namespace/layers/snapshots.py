@@ -262,7 +262,8 @@ class Snapshots:
     # ---- checkpoint ----
 
     async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
-                         rootfs: RootFS, spec: dict[str, Any], link: InitLink | None) -> Frozen:
+                         rootfs: RootFS, spec: dict[str, Any], link: InitLink | None,
+                         continued: Callable[[], None]) -> Frozen:
         """See `Forks.checkpoint`. spec: of a create of this sandbox. link: of its pid 1, to copy its processes."""
         known = self._known.get(snapshot_id)
         if known is not None:
@@ -302,9 +303,9 @@ class Snapshots:
                 self._layers[sandbox.slot] = [snapshot_id, *layers]
                 await faults.point("namespace.checkpoint.switched")
                 self._switched(sandbox, handle, [snapshot_id, *layers])
-            if link is not None and copied is None:
-                raise errors.StorageFull(f"the memory of the processes could not be stored: {'; '.join(reasons)}",
-                                         sandbox_id=handle.id, hint="free space on the worker's disk")  # fmt: skip
+            continued()
+            if link is not None:
+                await self.copies.finish(snapshot_id, handle.id)
             await faults.point("namespace.checkpoint.frozen")
             size = await asyncio.to_thread(disk_layout.written, f"{folder}/upper")
             made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, size,
@@ -389,8 +390,7 @@ class Snapshots:
                 sandbox.snapshots = self._layers[sandbox.slot] = [str(one) for one in found]
                 raise errors.Unavailable(f"the processes were not copied: {reply['error']}", hint="retry")
             return [str(reply["error"])], -1.0, [], None
-        failed = [str(reply["failed"])] if "failed" in reply else []
-        return failed, float(reply["paused"]), list(reply["lost"]), reply.get("keys")
+        return [], float(reply["paused"]), list(reply["lost"]), reply.get("keys")
 
     def _switched(self, sandbox: Sandbox, handle: Handle, layers: Sequence[str]) -> None:
         """Record that the sandbox runs on its frozen files."""

@@ -12,10 +12,10 @@ import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rock.runtime.namespace.launcher import process_files, ptrace, syscall_list
-from rock.runtime.namespace.processes import address_space, inventory, state
+from rock.runtime.namespace.processes import address_space, in_place, inventory, state
 from rock.runtime.namespace.processes.address_space import PAGE, Range
 from rock.runtime.namespace.processes.inventory import Found, Inventory
 
@@ -63,17 +63,20 @@ def inspect(stopped: ptrace.Stopped, first: int,
     return found, known
 
 
-def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str, object]], most: int,
+def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str, object]], most: int, limit: int,
             check: Callable[[], None], prepared: Prepared | None = None) -> tuple[state.Tree, Pages]:
-    """The state of all stopped processes but pid 1, `first`, and their pages. most: bytes of pages. check: raises when
-    the time is over. prepared: memory for the pages. Refused, TooLarge, OSError; all processes are then as before."""
+    """The state of all stopped processes but pid 1, `first`, and their pages, except those that `Pages.complete` reads
+    of duplicates, while the processes continue. most: bytes of pages. limit: of the sandbox's memory; 0 is none. check:
+    raises when the time is over. prepared: memory for the pages. Refused, TooLarge, OSError; all processes are then as
+    before."""
     found, known = inspect(stopped, first, programs)
     check()
     pages = Pages({one.outside: one.mappings for one in found.processes}, most, prepared)
     try:
+        large = _large(pages, [one.outside for one in found.processes if one.parent == 1], first, limit)
         processes = []
         for one in found.processes:
-            processes.append(_process(one, found, pages.runs[one.outside]))
+            processes.append(_process(one, found, pages, one.outside in large))
             check()
         pages.read(check)
     except BaseException:
@@ -82,10 +85,20 @@ def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str,
     return state.Tree(known, processes, found.descriptions, found.pipes, pages.size, pages.bytes), pages
 
 
+def _large(layout: Layout | Pages, children: Sequence[int], first: int, limit: int) -> set[int]:
+    """The processes that are forked in place: of the children of pid 1 those with much memory, if the sandbox has room
+    for as many pages again, which it needs when all of them are written to meanwhile."""
+    sizes = {pid: sum(run.end - run.start for run in layout.runs[pid]) for pid in children}
+    large = {pid: size for pid, size in sizes.items() if size >= in_place.LEAST}
+    if not large or not in_place.room(first, layout.runs, limit).fits(sum(large.values())):
+        return set()
+    return set(large)
+
+
 # ---- registers, and what only the process itself can tell ----
 
 
-def _process(one: Found, found: Inventory, runs: Sequence[state.Run]) -> state.Process:
+def _process(one: Found, found: Inventory, pages: Pages, duplicate: bool) -> state.Process:
     pid, status = one.outside, one.status
     extended = register_set(pid, _XSTATE)
     rseq = rseq_of(pid)
@@ -93,6 +106,8 @@ def _process(one: Found, found: Inventory, runs: Sequence[state.Run]) -> state.P
     with ptrace.Injection(pid) as process:
         own = _ask(process, int(status["SigCgt"], 16))
         registers, blocked = process.registers, process.blocked
+        if duplicate:
+            pages.duplicate(process)
     if own.securebits:
         raise Refused(f"{process_files.label(pid)} has secure bits")
     memory = list(one.memory)
@@ -101,7 +116,7 @@ def _process(one: Found, found: Inventory, runs: Sequence[state.Run]) -> state.P
         auxiliary = file.read()
     return state.Process(
         pid=one.pid, parent=one.parent, session=one.session, group=one.group, name=one.name, registers=registers,
-        extended=extended, blocked=blocked, rseq=rseq, robust_list=robust, mappings=one.mappings, runs=runs,
+        extended=extended, blocked=blocked, rseq=rseq, robust_list=robust, mappings=one.mappings, runs=pages.runs[pid],
         memory=memory, auxiliary=auxiliary, program=one.program, folder=one.folder, umask=int(status["Umask"], 8),
         ids=_ids(pid, status), groups=[_inside(number, _map(pid, "gid")) for number in status["Groups"].split()],
         capabilities=inventory.capabilities(status)[:4], nice=one.nice,
@@ -263,21 +278,25 @@ class Layout:
             if whole:
                 self.size += mapping.size
 
-    def places(self) -> list[Range]:
-        """The pages in the range, in order."""
-        return [(run.place, run.place + run.end - run.start) for runs in self.runs.values() for run in runs]
+    def places(self, pids: Iterable[int]) -> list[Range]:
+        """The pages of these processes in the range, in order."""
+        wanted = set(pids)
+        return [(run.place, run.place + run.end - run.start)
+                for pid, runs in self.runs.items() if pid in wanted for run in runs]  # fmt: skip
 
 
 class Prepared:
-    """Memory for the pages of processes that still run, so that the kernel assigns it before they stop. The processes
-    may change meanwhile."""
+    """Memory for the pages of processes that still run, so that the kernel assigns it before they stop, unless they are
+    forked in place. The processes may change meanwhile."""
 
-    def __init__(self, pids: Sequence[int], most: int) -> None:
-        """TooLarge, TooMany, OSError."""
+    def __init__(self, pids: Sequence[int], most: int, first: int, limit: int) -> None:
+        """first: pid 1. limit: as of `capture`. TooLarge, TooMany, OSError."""
         layout = Layout({pid: address_space.mappings(pid) for pid in pids}, most)
         self.memory: Reserved | None = reserve(layout.size, layout.spaces)
-        self._places = layout.places()
+        large = _large(layout, [pid for pid in pids if inventory.parent(pid) == first], first, limit)
+        self._places = layout.places(pid for pid in pids if pid not in large)
         try:
+            self.memory.favour_huge(layout.places(large))
             self.memory.fill(self._places)
         except OSError:
             self.close()
@@ -288,7 +307,7 @@ class Prepared:
         memory = self.memory
         if memory is None or memory.size < layout.size or memory.touches(layout.spaces):
             return None
-        for start, end in address_space.without(self._places, layout.places()):
+        for start, end in address_space.without(self._places, layout.places(layout.runs)):
             memory.drop(start, end)
         self.memory = None
         return memory
@@ -301,7 +320,8 @@ class Prepared:
 
 
 class Pages:
-    """The own pages of several processes in this process's memory. runs: by process outside."""
+    """The own pages of several processes in this process's memory. runs: by process outside. Use `read` while the
+    processes are stopped, and then `complete`."""
 
     def __init__(self, spaces: Mapping[int, Sequence[address_space.Mapping]], most: int,
                  prepared: Prepared | None = None) -> None:
@@ -311,18 +331,58 @@ class Pages:
         memory = prepared.take(layout) if prepared is not None else None
         self.memory = memory or reserve(layout.size, layout.spaces)
         if memory is None:
-            self.memory.favour_huge(layout.places())
+            self.memory.favour_huge(layout.places(layout.runs))
+        self._duplicates: dict[int, in_place.Duplicate] = {}  # by original
+        self._later: list[tuple[in_place.Duplicate, Sequence[state.Run], Sequence[state.Run]]] = []
+
+    def duplicate(self, process: ptrace.Injection) -> None:
+        """Fork a stopped process in place, so that its pages are read later. Without effect where that is not possible,
+        such as at a limit of processes."""
+        with contextlib.suppress(OSError):
+            self._duplicates[process.pid] = in_place.Duplicate(process)
 
     def read(self, check: Callable[[], None]) -> None:
-        """Copy the pages from the stopped processes. check: called after each portion. OSError."""
+        """Copy the pages from the stopped processes: of those with a duplicate, only the ones that it does not have,
+        such as after MADV_DONTFORK. check: called after each portion. OSError."""
         for pid, runs in self.runs.items():
-            hidden = set(self._hidden[pid])
-            plain = [part for run in runs if run not in hidden for part in _parts(run)]
-            for batch in _batches(plain):
-                self._read(pid, batch)
-                check()
-            self._read_hidden(pid, [part for run in self._hidden[pid] for part in _parts(run)])
+            hidden = self._hidden[pid]
+            if (one := self._duplicates.get(pid)) is not None:
+                known = one.pages()
+                self._later.append((one, _inside_of(runs, known), _inside_of(hidden, known)))
+                runs, hidden = _outside(runs, known), _outside(hidden, known)
+            self._read_all(pid, runs, hidden, check)
+
+    def complete(self, check: Callable[[], None]) -> None:
+        """Copy the other pages, from the duplicates, which end. in_place.Vanished, OSError."""
+        try:
+            for one, runs, hidden in self._later:
+                try:
+                    self._read_all(one.pid, runs, hidden, check)
+                finally:
+                    one.check()  # the cause of a failure
+                one.end()
+        finally:
+            self.let_go()
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._duplicates
+
+    def let_go(self) -> None:
+        """End the duplicates. Idempotent."""
+        self._later.clear()
+        while self._duplicates:
+            self._duplicates.popitem()[1].end()
+
+    def _read_all(self, pid: int, runs: Sequence[state.Run], hidden: Sequence[state.Run],
+                  check: Callable[[], None]) -> None:
+        """hidden: of the runs, those that the process itself cannot read."""
+        without = set(hidden)
+        for batch in _batches([part for run in runs if run not in without for part in _parts(run)]):
+            self._read(pid, batch)
             check()
+        self._read_hidden(pid, [part for run in hidden for part in _parts(run)])
+        check()
 
     def _read(self, pid: int, runs: Sequence[state.Run]) -> None:
         base = self.memory.address
@@ -351,7 +411,30 @@ class Pages:
             os.close(fd)
 
     def close(self) -> None:
+        """End the duplicates, and release the memory."""
+        self.let_go()
         self.memory.close()
+
+
+def _outside(runs: Sequence[state.Run], pages: Sequence[Range]) -> list[state.Run]:
+    """The parts of sorted runs that lie in none of these sorted ranges."""
+    return _at(runs, address_space.without([(run.start, run.end) for run in runs], pages))
+
+
+def _inside_of(runs: Sequence[state.Run], pages: Sequence[Range]) -> list[state.Run]:
+    """The parts of sorted runs that lie in these sorted ranges."""
+    left = [(run.start, run.end) for run in _outside(runs, pages)]
+    return _at(runs, address_space.without([(run.start, run.end) for run in runs], left))
+
+
+def _at(runs: Sequence[state.Run], parts: Sequence[Range]) -> list[state.Run]:
+    """Parts of sorted runs, as runs."""
+    found, index = list[state.Run](), 0
+    for start, end in parts:
+        while runs[index].end <= start:
+            index += 1
+        found.append(state.Run(start, end, runs[index].place + start - runs[index].start))
+    return found
 
 
 def _parts(run: state.Run) -> Iterator[state.Run]:

@@ -379,6 +379,11 @@ def _stat(pid: int) -> list[str]:
         return file.read().rpartition(b")")[2].decode().split()
 
 
+def parent(pid: int) -> int:
+    """The parent of a process, outside."""
+    return int(_stat(pid)[4 - 3])
+
+
 def comm(pid: int) -> str:
     """The name of a process, which may have any bytes."""
     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape", newline="") as file:
