@@ -110,7 +110,7 @@ def _process(one: Found, found: Inventory, pages: Pages, duplicate: bool) -> sta
             pages.duplicate(process)
     if own.securebits:
         raise Refused(f"{process_files.label(pid)} has secure bits")
-    memory = list(one.memory)
+    memory, maps = list(one.memory), _Maps(pid)
     memory[5] = own.break_
     with open(f"/proc/{pid}/auxv", "rb") as file:
         auxiliary = file.read()
@@ -118,7 +118,7 @@ def _process(one: Found, found: Inventory, pages: Pages, duplicate: bool) -> sta
         pid=one.pid, parent=one.parent, session=one.session, group=one.group, name=one.name, registers=registers,
         extended=extended, blocked=blocked, rseq=rseq, robust_list=robust, mappings=one.mappings, runs=pages.runs[pid],
         memory=memory, auxiliary=auxiliary, program=one.program, folder=one.folder, umask=int(status["Umask"], 8),
-        ids=_ids(pid, status), groups=[_inside(number, _map(pid, "gid")) for number in status["Groups"].split()],
+        ids=_ids(pid, status, maps), groups=[_inside(number, maps.gid) for number in status["Groups"].split()],
         capabilities=inventory.capabilities(status)[:4], nice=one.nice,
         oom_score=int(_text(f"/proc/{pid}/oom_score_adj")),
         limits=limits(pid),
@@ -213,8 +213,13 @@ def limits(pid: int) -> list[tuple[int, int]]:
     return [tuple(-1 if text == "unlimited" else int(text) for text in row) for row in rows]  # type: ignore[misc]
 
 
-def _map(pid: int, kind: str) -> list[tuple[int, ...]]:
-    return [tuple(int(word) for word in line.split()) for line in _text(f"/proc/{pid}/{kind}_map").splitlines()]
+class _Maps:
+    """The mappings of user and group ids of a process."""
+
+    def __init__(self, pid: int) -> None:
+        self.uid, self.gid = (
+            [tuple(int(word) for word in line.split()) for line in _text(f"/proc/{pid}/{kind}_map").splitlines()]
+            for kind in ("uid", "gid"))
 
 
 def _inside(number: str, mapped: Sequence[tuple[int, ...]]) -> int:
@@ -225,13 +230,13 @@ def _inside(number: str, mapped: Sequence[tuple[int, ...]]) -> int:
     raise Refused(f"a process has the id {number}, which the sandbox does not have")
 
 
-def _ids(pid: int, status: Mapping[str, str]) -> list[int]:
+def _ids(pid: int, status: Mapping[str, str], maps: _Maps) -> list[int]:
     found = []
-    for kind in ("Uid", "Gid"):
+    for kind, known in (("Uid", maps.uid), ("Gid", maps.gid)):
         real, effective, saved, file = status[kind].split()
         if file != effective:
             raise Refused(f"{process_files.label(pid)} has another identity for files")
-        found += [_inside(number, _map(pid, kind.lower())) for number in (real, effective, saved)]
+        found += [_inside(number, known) for number in (real, effective, saved)]
     return found
 
 
@@ -258,7 +263,7 @@ class Layout:
                 raise TooLarge(f"the processes have more than {most >> 20} MiB of memory of their own")
 
     def _place(self, pid: int, mappings: Sequence[address_space.Mapping]) -> None:
-        pages = address_space.own_pages(pid)
+        pages = address_space.own_pages(pid, mappings)
         runs, hidden = self.runs.setdefault(pid, []), self.hidden.setdefault(pid, [])
         for mapping in mappings:
             mine = address_space.within(pages, mapping)
@@ -332,6 +337,7 @@ class Pages:
         self.memory = memory or reserve(layout.size, layout.spaces)
         if memory is None:
             self.memory.favour_huge(layout.places(layout.runs))
+        self._spaces = spaces
         self._duplicates: dict[int, in_place.Duplicate] = {}  # by original
         self._later: list[tuple[in_place.Duplicate, Sequence[state.Run], Sequence[state.Run]]] = []
 
@@ -347,7 +353,7 @@ class Pages:
         for pid, runs in self.runs.items():
             hidden = self._hidden[pid]
             if (one := self._duplicates.get(pid)) is not None:
-                known = one.pages()
+                known = one.pages(self._spaces[pid])
                 self._later.append((one, _inside_of(runs, known), _inside_of(hidden, known)))
                 runs, hidden = _outside(runs, known), _outside(hidden, known)
             self._read_all(pid, runs, hidden, check)

@@ -15,7 +15,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rock.runtime.namespace.launcher import ptrace, syscall_list
@@ -59,9 +59,9 @@ class Duplicate:
             self.end()
             raise
 
-    def pages(self) -> list[Range]:
-        """The ranges of its own pages. OSError."""
-        return address_space.own_pages(self.pid)
+    def pages(self, mapped: Sequence[address_space.Mapping]) -> list[Range]:
+        """The ranges of its own pages. mapped: the mappings of the original. OSError."""
+        return address_space.own_pages(self.pid, mapped)
 
     def check(self) -> None:
         """Vanished if it was killed. What was read of it before is then not used: the kernel may have removed pages."""

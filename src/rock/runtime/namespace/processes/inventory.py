@@ -34,6 +34,7 @@ _KCMP, _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL = 312, 0, 1, 2, 
 _MEMORY_FIELDS = (26, 27, 45, 46, 47, 0, 28, 48, 49, 50, 51)  # of /proc/PID/stat, in the order of prctl_mm_map
 _DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _NOT_FILES = {"proc", "sysfs", "tmpfs", "devpts", "devtmpfs", "cgroup", "cgroup2", "mqueue"}
+_NAMESPACES = ("mnt", "pid", "ipc", "uts", "user", "net", "cgroup", "pid_for_children")
 _DROPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW
 _ASYNC = 0o20000
 _DIRECT = 0o40000
@@ -79,6 +80,8 @@ class Inventory:
         self._pipes: dict[str, int] = {}
         self._streams_of: dict[int, tuple[str, str]] = {}  # key and name by pipe
         self._sockets: dict[int, tuple[int, str]] = {}  # index of the description, and its name, by inode
+        self._namespaces = {kind: os.readlink(f"/proc/{first}/ns/{kind}") for kind in os.listdir(f"/proc/{first}/ns")
+                            if kind in _NAMESPACES}  # fmt: skip
         self._root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -131,15 +134,14 @@ class Inventory:
             problems.append(f"has the deleted or hidden working directory {folder[:200]!r}")
         if os.readlink(f"/proc/{pid}/root") != "/":
             problems.append("has another root directory")
-        for kind in ("mnt", "pid", "ipc", "uts", "user", "net", "cgroup", "pid_for_children"):
-            own = f"/proc/{self._first}/ns/{kind}"
-            if os.path.exists(own) and os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(own):
+        for kind, own in self._namespaces.items():
+            if os.readlink(f"/proc/{pid}/ns/{kind}") != own:
                 problems.append(f"has a namespace of its own ({kind})")
         self.descriptors[pid] = []
         problems += self._of_descriptors(pid)
         self.problems += [f"{name} {problem}" for problem in problems]
-        signals = [process_files.status(tid).get("SigPnd", "0") for tid in (pid, *threads)]
-        signals.append(status.get("ShdPnd", "0"))
+        signals = [process_files.status(tid).get("SigPnd", "0") for tid in threads]
+        signals += [status.get("SigPnd", "0"), status.get("ShdPnd", "0")]
         if any(int(text, 16) for text in signals):
             self.passing.append(f"{name} has a pending signal")
         self.processes.append(Found(pid, number, parent, session, group, comm(pid), status, memory, mapped,
