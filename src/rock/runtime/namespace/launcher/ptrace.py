@@ -20,14 +20,14 @@ from collections.abc import Sequence
 
 SUPPORTED = platform.machine() == "x86_64"
 
-_SINGLESTEP, _DETACH = 9, 17
+_CONT, _SINGLESTEP, _DETACH = 7, 9, 17
 _GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 0x4204, 0x4205, 0x4206, 0x4207
 _GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
 _SETOPTIONS, _GETEVENTMSG, _TRACECLONE, _EVENT_CLONE = 0x4200, 0x4201, 8, 3
 _PRSTATUS = 1
 _REGISTERS = 27 * 8
 _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _RSP = 10, 12, 13, 14, 15, 16, 19
-_R8, _R9, _R10 = 9, 8, 7
+_R8, _R9, _R10, _R12, _R13 = 9, 8, 7, 3, 2
 _GENERAL = 15  # registers, which come first
 _CLONE = 56
 _NO_STACK = 8  # an address that is never mapped
@@ -251,6 +251,30 @@ class Injection:
         if len(data) != length:
             raise OSError(errno.EFAULT, "its memory cannot be read")
         return data
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write into its memory. OSError."""
+        if os.pwrite(self._memory, data, address) != len(data):
+            raise OSError(errno.EFAULT, "its memory cannot be written")
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read its memory. OSError."""
+        data = os.pread(self._memory, length, address)
+        if len(data) != length:
+            raise OSError(errno.EFAULT, "its memory cannot be read")
+        return data
+
+    def execute(self, code: int, rows: int, count: int) -> None:
+        """Execute code in its memory, with these values in r12 and r13, up to a breakpoint. OSError."""
+        values = list(struct.unpack("=27Q", self._saved))
+        values[_RIP], values[_R12], values[_R13], values[_ORIG_RAX] = code, rows, count, (1 << 64) - 1
+        self._set_registers(struct.pack("=27Q", *values))
+        call(_CONT, self.pid)
+        status = self._wait(self.pid)
+        if not os.WIFSTOPPED(status):
+            raise OSError(errno.ESRCH, "it ended meanwhile")
+        if os.WSTOPSIG(status) != signal.SIGTRAP or status >> 16:
+            raise OSError(errno.EAGAIN, f"it was stopped by signal {os.WSTOPSIG(status)}")
 
     @property
     def registers(self) -> bytes:

@@ -14,18 +14,16 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from rock.runtime.namespace.launcher import process_files, ptrace, syscall_list
-from rock.runtime.namespace.processes import address_space, in_place, inventory, state
+from rock.runtime.namespace.launcher import process_files, ptrace
+from rock.runtime.namespace.processes import address_space, asking, in_place, inventory, state
 from rock.runtime.namespace.processes.address_space import PAGE, Range
 from rock.runtime.namespace.processes.inventory import Found, Inventory
 
-NUMBERS = {**syscall_list.NUMBERS["x86_64"], "clone3": 435, "close_range": 436}
+NUMBERS = asking.NUMBERS
 _GETREGSET, _GET_RSEQ = 0x4204, 0x420F
 _XSTATE = 0x202
 _LARGEST_XSTATE = 16384
-_PR = {"death_signal": 2, "dumpable": 3, "securebits": 27, "subreaper": 37, "tid_address": 40}
-_BY_ADDRESS = ("death_signal", "subreaper", "tid_address")
-_TIMERS = (0, 1, 2)
+_PR_GET_TID_ADDRESS = 40
 _BATCH = 512  # ranges of one process_vm_readv
 _PORTION = 64 << 20  # bytes of one
 HUGE = 2 << 20  # bytes of a huge page
@@ -104,7 +102,7 @@ def _process(one: Found, found: Inventory, pages: Pages, duplicate: bool) -> sta
     rseq = rseq_of(pid)
     robust = _robust_list(pid)
     with ptrace.Injection(pid) as process:
-        own = _ask(process, int(status["SigCgt"], 16))
+        own = asking.ask(process, int(status["SigCgt"], 16))
         registers, blocked = process.registers, process.blocked
         if duplicate:
             pages.duplicate(process)
@@ -131,49 +129,13 @@ def _process(one: Found, found: Inventory, pages: Pages, duplicate: bool) -> sta
 def _thread(tid: int) -> state.Thread:
     extended, rseq, robust = register_set(tid, _XSTATE), rseq_of(tid), _robust_list(tid)
     with ptrace.Injection(tid) as thread:
-        thread.call(NUMBERS["prctl"], _PR["tid_address"], thread.put(bytes(8)), 0, 0, 0)
+        thread.call(NUMBERS["prctl"], _PR_GET_TID_ADDRESS, thread.put(bytes(8)), 0, 0, 0)
         address = int(struct.unpack("=Q", thread.fetch(8))[0])
         thread.call(NUMBERS["sigaltstack"], 0, thread.put(bytes(24)))
         stack = thread.fetch(24)
         registers, blocked = thread.registers, thread.blocked
     return state.Thread(inventory.inside(tid), inventory.comm(tid), registers, extended, blocked, rseq, robust, stack,
                         address)  # fmt: skip
-
-
-class _Own:
-    """What only a process itself can read, by injected calls."""
-
-    break_ = securebits = tid_address = death_signal = dumpable = 0
-    subreaper = False
-    alternate_stack = b""
-    timers: Sequence[bytes] = ()
-    actions: Sequence[tuple[int, bytes]] = ()
-
-
-def _ask(process: ptrace.Injection, handled: int) -> _Own:
-    own = _Own()
-    own.break_ = process.call(NUMBERS["brk"], 0)
-    for name, option in _PR.items():
-        if name in _BY_ADDRESS:
-            process.call(NUMBERS["prctl"], option, process.put(bytes(8)), 0, 0, 0)
-            value = int(struct.unpack("=Q", process.fetch(8))[0])
-            setattr(own, name, bool(value) if name == "subreaper" else value)
-        else:
-            setattr(own, name, process.call(NUMBERS["prctl"], option, 0, 0, 0, 0))
-    process.call(NUMBERS["sigaltstack"], 0, process.put(bytes(24)))
-    own.alternate_stack = process.fetch(24)
-    timers = []
-    for which in _TIMERS:
-        process.call(NUMBERS["getitimer"], which, process.put(bytes(32)))
-        timers.append(process.fetch(32))
-    own.timers = timers
-    actions = []
-    for number in range(1, 65):
-        if handled >> (number - 1) & 1:
-            process.call(NUMBERS["rt_sigaction"], number, 0, process.put(bytes(32)), 8)
-            actions.append((number, process.fetch(32)))
-    own.actions = actions
-    return own
 
 
 def register_set(pid: int, kind: int) -> bytes:
@@ -489,10 +451,9 @@ class Reserved:
         self.favour_huge(places)
         for start, end in places:
             advise(self.address + start, end - start, _POPULATE_WRITE)
-        self.keep_shared()
 
     def keep_shared(self) -> None:
-        """Huge pages are not made later: in a copy they would replace pages that it shares."""
+        """From now on, no huge pages are made: in a copy they would replace pages that it shares."""
         with contextlib.suppress(OSError):
             advise(self.address, self.size, _NOHUGEPAGE)
 
@@ -519,7 +480,9 @@ def reserve(size: int, taken: Sequence[Range]) -> Reserved:
     start = address_space.free_range(size + 2 * Reserved.ROOM + HUGE, [*own, *taken])
     address = -(-(start + 2 * Reserved.ROOM) // HUGE) * HUGE
     map_fixed(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
-    return Reserved(address, size)
+    memory = Reserved(address, size)
+    memory.keep_shared()  # except where `favour_huge` allows them
+    return memory
 
 
 _FIXED_NOREPLACE, _NORESERVE = 0x100000, 0x4000

@@ -16,13 +16,10 @@ import time
 from rock.runtime.namespace.launcher import ptrace
 from rock.runtime.namespace.processes import capture
 from rock.runtime.namespace.processes.address_space import PAGE
+from rock.runtime.namespace.processes.asking import LOOP, ROW
 from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
 from rock.runtime.namespace.processes.starting import Failed
 
-# mov rax and the six arguments from [r12]; syscall; store rax; next row; stop at an error, or after r13 rows
-_LOOP = bytes.fromhex("498b0424 498b7c2408 498b742410 498b542418 4d8b542420 4d8b442428 4d8b4c2430 0f05 4989442438"
-                      "4983c440 483d01f0ffff 7305 49ffcd 75c6 cc")  # fmt: skip
-_ROW = 64
 _UNWRITTEN = 1 << 40
 PRSTATUS, XSTATE = 1, 0x202
 _CONT, _SINGLESTEP, _DETACH, _SEIZE, _INTERRUPT, _GETEVENTMSG = 7, 9, 17, 0x4206, 0x4207, 0x4201
@@ -39,7 +36,7 @@ _CHUNK = 1 << 20
 def prepare_room(memory: Reserved) -> None:
     """Map the room in this process, whose copies then have it. OSError."""
     capture.map_fixed(memory.room, Reserved.ROOM, 3)
-    ctypes.memmove(memory.room, _LOOP, len(_LOOP))
+    ctypes.memmove(memory.room, LOOP, len(LOOP))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mprotect(ctypes.c_void_p(memory.room), ctypes.c_size_t(PAGE), 5) < 0:
         raise OSError(ctypes.get_errno(), "the room cannot be made executable")
@@ -87,8 +84,8 @@ class Table:
         write(memory, bytes(self._data), self._room + Reserved.ROOM // 2)
 
     def results(self, memory: int) -> list[int]:
-        data = os.pread(memory, _ROW * len(self.rows), self._room + PAGE)
-        if len(data) != _ROW * len(self.rows):
+        data = os.pread(memory, ROW * len(self.rows), self._room + PAGE)
+        if len(data) != ROW * len(self.rows):
             raise Failed("a process ended while it was rebuilt")
         return [found[7] for found in struct.iter_unpack("=8q", data)]
 
