@@ -18,6 +18,8 @@ import struct
 import time
 from collections.abc import Sequence
 
+from rock.runtime.namespace.launcher.process_files import content
+
 SUPPORTED = platform.machine() == "x86_64"
 
 _CONT, _SINGLESTEP, _DETACH = 7, 9, 17
@@ -361,14 +363,16 @@ class Injection:
 def _places(pid: int) -> tuple[tuple[int, int], int]:
     """The vDSO, and the address of a page of its stack for arguments."""
     code, room = None, 0
-    with open(f"/proc/{pid}/maps", "rb") as file:
-        for line in file:
+    lines = content(f"/proc/{pid}/maps").split(b"\n")
+    named = [line for line in lines if line.endswith((b"[vdso]", b"[stack]"))]
+    for chosen in (named, lines):
+        for line in () if code and room else chosen:
             fields = line.split(None, 5)
-            start, end = (int(part, 16) for part in fields[0].split(b"-"))
-            name = fields[5].strip() if len(fields) > 5 else b""
+            start, end = (int(part, 16) for part in fields[0].split(b"-")) if fields else (0, 0)
+            name = fields[5] if len(fields) > 5 else b""
             if name == b"[vdso]":
                 code = start, end
-            elif fields[1].startswith(b"rw-p") and (name == b"[stack]" or not room):
+            elif fields and fields[1].startswith(b"rw-p") and (name == b"[stack]" or not room):
                 room = end - _PAGE
     if code is None or not room:
         raise OSError(errno.ENOTSUP, "it has no vDSO, or no stack")

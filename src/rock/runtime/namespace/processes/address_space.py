@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from rock.runtime.namespace.launcher import process_files
+
 PAGE = 4096
 HIGHEST = 0x7FFFFFFFF000  # of user space on x86_64
 SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]")  # mapped by the kernel; a process can move them
@@ -60,12 +62,11 @@ class Mapping(NamedTuple):
 def mappings(pid: int) -> list[Mapping]:
     """The mappings of a process, in the order of their addresses. TooMany, OSError."""
     found: list[Mapping] = []
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            if len(found) >= MOST_MAPPINGS:
-                raise TooMany(f"it has more than {MOST_MAPPINGS} mappings")
-            if (one := parse(line)).name not in _NOT_PROCESS:
-                found.append(one)
+    for line in process_files.content(f"/proc/{pid}/maps").decode("utf-8", "surrogateescape").split("\n"):
+        if len(found) >= MOST_MAPPINGS:
+            raise TooMany(f"it has more than {MOST_MAPPINGS} mappings")
+        if line and (one := parse(line)).name not in _NOT_PROCESS:
+            found.append(one)
     return found
 
 
