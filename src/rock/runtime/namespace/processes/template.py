@@ -17,13 +17,14 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Dictionary
 from typing import Any
 
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import kernel, ptrace, seccomp, switch
 from rock.runtime.namespace.processes import capture, in_place, rebuild, starting, state, traced
-from rock.runtime.namespace.processes.address_space import TooMany
+from rock.runtime.namespace.processes.address_space import Mapping, TooMany
 from rock.runtime.namespace.processes.capture import Reserved
 from rock.runtime.namespace.processes.inventory import MOST_PROCESSES
 
@@ -45,6 +46,7 @@ class Template:
         self._switch = switch
         self._tree: state.Tree | None = None
         self._memory: Reserved | None = None
+        self._special: Sequence[Mapping] = ()
         self._taken: tuple[str, state.Tree, capture.Pages] | None = None  # not complete
         self._finished: dict[str, Any] = {}
         self._filter = seccomp.build()
@@ -147,7 +149,7 @@ class Template:
         memory.keep_shared()
         traced.prepare_room(memory)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-        self._tree, self._memory = tree, memory
+        self._tree, self._memory, self._special = tree, memory, rebuild.own_special()
 
     def _load(self, folder: str) -> None:
         """Read the state of an earlier template. Damaged, OSError."""
@@ -175,8 +177,11 @@ class Template:
             waiting = starting.start(tree, target, descriptors.found, reading, memory.address, entrant)
             for one in waiting:
                 made.append(rebuild.Rebuilt(one))
+            places = rebuild.Places(self._special, memory, self._filter, capture.limits(target.pid))
+            for each in made:  # the kernel works for one while the table of the next is made
+                each.begin(tree, places)
             for each in made:
-                each.build(tree, memory, self._filter, target.pid, entrant.choose)
+                each.build(memory, entrant.choose)
             entrant.close()
             for each in reversed(made):
                 each.go()
@@ -259,7 +264,7 @@ class Descriptors:
         self.found: dict[int, int] = {}
         self._own: list[int] = []
 
-    def make(self, streams: Mapping[tuple[str, str], int]) -> None:
+    def make(self, streams: Dictionary[tuple[str, str], int]) -> None:
         """streams: the ends of pipes to pid 1, by key and name. Failed, OSError."""
         ends: dict[tuple[int, bool], int] = {}
         for index, one in enumerate(self._tree.descriptions):

@@ -103,6 +103,7 @@ class Traced:
         self.tid = tid
         self.memory = memory
         self.cloned = 0  # the thread that the last table has started, outside
+        self._table: Table | None = None  # in execution
         if memory < 0:
             ptrace.call(_SEIZE, tid, 0, _EXITKILL | _TRACECLONE)
             ptrace.call(_INTERRUPT, tid)
@@ -114,9 +115,20 @@ class Traced:
 
     def execute(self, table: Table, room: int) -> list[int]:
         """Execute a table; returns the results. Failed."""
+        self.begin(table, room)
+        return self.end()
+
+    def begin(self, table: Table, room: int) -> None:
+        """Begin to execute a table. Failed."""
         table.write(self.memory)
         self._set({RIP: room, _R12: room + PAGE, _R13: len(table.rows), ORIG_RAX: WORD})
+        self._table = table
         ptrace.call(_CONT, self.tid)
+
+    def end(self) -> list[int]:
+        """Wait until the table is executed; returns the results. Failed."""
+        table, self._table = self._table, None
+        assert table is not None
         status = self._wait()
         if status >> 8 == signal.SIGTRAP | _EVENT_CLONE << 8:
             message = ctypes.c_ulong()
