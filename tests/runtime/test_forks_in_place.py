@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from rock import errors
 from rock.guest.init import process_tree
 from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.namespace.launcher import ptrace
 from rock.runtime.namespace.processes import in_place
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import Box, put, run, until, until_line
@@ -354,3 +357,25 @@ async def _ended(runtime: NamespaceRuntime, attempt: int) -> None:
         await taking
     await runtime.drop_snapshot(A)
     assert not process_tree.lives(box.handle.data["pid"], box.handle.data["start"])
+
+
+def test_a_duplicate_without_its_tracer_ends() -> None:
+    """As when a template is killed before the kernel knows that a duplicate ends with it: it executes nothing."""
+    code = ("import os, signal, sys; [signal.signal(one, lambda *_: os._exit(3)) for one in (10, 11, 4, 7, 12)]; "
+            "sys.stdout.write('ready\\n'); sys.stdout.flush(); sys.stdin.read(1)")  # fmt: skip
+    with subprocess.Popen(["python3", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin is not None and guest.stdout is not None
+        assert guest.stdout.readline() == b"ready\n"
+        stopped = ptrace.Stopped()
+        stopped.seize([guest.pid], time.monotonic() + 10)
+        with ptrace.Injection(guest.pid) as process:
+            pid = process.clone(0x8000)  # CLONE_PARENT: it is a child of this process
+        found, status = os.waitpid(pid, 0x40000000)
+        assert found == pid and os.WIFSTOPPED(status)
+        ptrace.call(17, pid)  # PTRACE_DETACH
+        found, status = os.waitpid(pid, 0x40000000)
+        assert found == pid and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSEGV
+        stopped.release()
+        assert guest.poll() is None
+        guest.stdin.close()
+        assert guest.wait(10) == 0

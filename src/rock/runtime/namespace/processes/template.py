@@ -28,7 +28,8 @@ from rock.runtime.namespace.processes.address_space import Mapping, TooMany
 from rock.runtime.namespace.processes.capture import Reserved
 from rock.runtime.namespace.processes.inventory import MOST_PROCESSES
 
-_PATIENCE = 10.0  # seconds in which the state and the pages have to be taken
+_PATIENCE = 10.0  # seconds in which the state and the pages have to be taken while the processes are stopped
+_LONG_PATIENCE = 300.0  # seconds in which the pages have to be taken while the processes continue
 _REAPED_WITHIN = 5.0  # seconds
 _WALL = 0x40000000
 _BUFFER = 1 << 17
@@ -132,7 +133,7 @@ class Template:
         """Read the pages of the duplicates, and store all beside the files, which are switched."""
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
-            pages.complete(_within(_PATIENCE))
+            pages.complete(_within(_LONG_PATIENCE))
         except in_place.Vanished:
             return {"vanished": "processes of the sandbox ended the copy of its memory, or it exceeded a limit"}
         except (capture.Refused, OSError) as error:
