@@ -18,7 +18,7 @@ from rock import errors
 from rock.guest.init import process_tree
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.namespace.launcher import ptrace
-from rock.runtime.namespace.processes import in_place
+from rock.runtime.namespace.processes import injected
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import Box, put, run, until, until_line
 from tests.runtime.test_copied_processes import TAIL, A, ask, attached, child, end, program
@@ -26,7 +26,7 @@ from tests.runtime.test_frozen_files import LIVE, forking
 
 pytestmark = pytest.mark.skipif(not LIVE, reason="processes are copied by root on x86_64 only")
 LARGE = 48  # MB
-assert LARGE << 20 > 2 * in_place.LEAST
+assert LARGE << 20 > 2 * injected.LEAST
 
 
 def inside(box: Box) -> list[process_tree.Entry]:

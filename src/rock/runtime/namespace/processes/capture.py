@@ -15,11 +15,11 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rock.runtime.namespace.launcher import process_files, ptrace
-from rock.runtime.namespace.processes import address_space, asking, in_place, inventory, state
+from rock.runtime.namespace.processes import address_space, injected, inventory, state
 from rock.runtime.namespace.processes.address_space import PAGE, Range
 from rock.runtime.namespace.processes.inventory import Found, Inventory
 
-NUMBERS = asking.NUMBERS
+NUMBERS = injected.NUMBERS
 _GETREGSET, _GET_RSEQ = 0x4204, 0x420F
 _XSTATE = 0x202
 _LARGEST_XSTATE = 16384
@@ -87,8 +87,8 @@ def _large(layout: Layout | Pages, children: Sequence[int], first: int, limit: i
     """The processes that are forked in place: of the children of pid 1 those with much memory, if the sandbox has room
     for as many pages again, which it needs when all of them are written to meanwhile."""
     sizes = {pid: sum(run.end - run.start for run in layout.runs[pid]) for pid in children}
-    large = {pid: size for pid, size in sizes.items() if size >= in_place.LEAST}
-    if not large or not in_place.room(first, layout.runs, limit).fits(sum(large.values())):
+    large = {pid: size for pid, size in sizes.items() if size >= injected.LEAST}
+    if not large or not injected.room(first, layout.runs, limit).fits(sum(large.values())):
         return set()
     return set(large)
 
@@ -102,7 +102,7 @@ def _process(one: Found, found: Inventory, pages: Pages, duplicate: bool) -> sta
     rseq = rseq_of(pid)
     robust = _robust_list(pid)
     with ptrace.Injection(pid) as process:
-        own = asking.ask(process, int(status["SigCgt"], 16))
+        own = injected.ask(process, int(status["SigCgt"], 16))
         registers, blocked = process.registers, process.blocked
         if duplicate:
             pages.duplicate(process)
@@ -300,14 +300,14 @@ class Pages:
         if memory is None:
             self.memory.favour_huge(layout.places(layout.runs))
         self._spaces = spaces
-        self._duplicates: dict[int, in_place.Duplicate] = {}  # by original
-        self._later: list[tuple[in_place.Duplicate, Sequence[state.Run], Sequence[state.Run]]] = []
+        self._duplicates: dict[int, injected.Duplicate] = {}  # by original
+        self._later: list[tuple[injected.Duplicate, Sequence[state.Run], Sequence[state.Run]]] = []
 
     def duplicate(self, process: ptrace.Injection) -> None:
         """Fork a stopped process in place, so that its pages are read later. Without effect where that is not possible,
         such as at a limit of processes."""
         with contextlib.suppress(OSError):
-            self._duplicates[process.pid] = in_place.Duplicate(process)
+            self._duplicates[process.pid] = injected.Duplicate(process)
 
     def read(self, check: Callable[[], None]) -> None:
         """Copy the pages from the stopped processes: of those with a duplicate, only the ones that it does not have,
@@ -321,7 +321,7 @@ class Pages:
             self._read_all(pid, runs, hidden, check)
 
     def complete(self, check: Callable[[], None]) -> None:
-        """Copy the other pages, from the duplicates, which end. in_place.Vanished, OSError."""
+        """Copy the other pages, from the duplicates, which end. injected.Vanished, OSError."""
         try:
             for one, runs, hidden in self._later:
                 try:

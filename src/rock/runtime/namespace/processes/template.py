@@ -23,7 +23,7 @@ from typing import Any
 
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import kernel, ptrace, seccomp, switch
-from rock.runtime.namespace.processes import capture, in_place, rebuild, starting, state, traced
+from rock.runtime.namespace.processes import capture, injected, rebuild, starting, state, traced
 from rock.runtime.namespace.processes.address_space import Mapping, TooMany
 from rock.runtime.namespace.processes.capture import Reserved
 from rock.runtime.namespace.processes.inventory import MOST_PROCESSES
@@ -134,7 +134,7 @@ class Template:
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
             pages.complete(_within(_LONG_PATIENCE))
-        except in_place.Vanished:
+        except injected.Vanished:
             return {"vanished": "processes of the sandbox ended the copy of its memory, or it exceeded a limit"}
         except (capture.Refused, OSError) as error:
             return {"vanished": str(error)}

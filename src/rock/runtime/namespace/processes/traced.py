@@ -16,8 +16,8 @@ import time
 from rock.runtime.namespace.launcher import ptrace
 from rock.runtime.namespace.processes import capture
 from rock.runtime.namespace.processes.address_space import PAGE
-from rock.runtime.namespace.processes.asking import LOOP, ROW
 from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
+from rock.runtime.namespace.processes.injected import LOOP, ROW
 from rock.runtime.namespace.processes.starting import Failed
 
 _UNWRITTEN = 1 << 40
