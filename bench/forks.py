@@ -1,7 +1,8 @@
 """Forks of running sandboxes beside their floors: `python bench/forks.py`.
 
-The rows of `rock bench` about snapshots; then 64 children of a Python with 108 MB: time until all have started, memory
-of each after it has written 1 MB, and the latency of commands in the original meanwhile; CRIU, if it is installed.
+The rows of `rock bench` about snapshots, and children of a warm pool of the snapshot; then 64 children of a Python with
+108 MB: time until all have started, memory of each after it has written 1 MB, and the latency of commands in the
+original meanwhile; CRIU, if it is installed.
 """
 
 from __future__ import annotations
@@ -98,6 +99,35 @@ def children(url: str, pid: int, count: int, megabytes: int) -> None:
             client.delete_snapshot(snapshot.snapshot_id)
 
 
+def pooled(url: str, count: int, megabytes: int) -> list[float]:
+    """Milliseconds of a child from a warm pool of its snapshot: with a command, or, of a Python program with that much
+    memory, until the program answers."""
+    found = []
+    with Client(url) as client, Sandbox("host", memory="1g", cpus=1.0, base_url=url) as box:
+        box.run("x=5")
+        if megabytes:
+            line(box.processes.start(["python3", "-u", "-c", _PROGRAM, str(megabytes)]))
+        taken = box.checkpoint(memory="processes" if megabytes else "session")
+        client.set_pool("bench", snapshot=taken.snapshot_id, memory="1g", minimum=4, maximum=4)
+        for _ in range(count):
+            while not any(pool.ready == 4 for pool in client.list_pools()):
+                time.sleep(0.05)
+            child = Sandbox(snapshot=taken.snapshot_id, memory="1g", cpus=1.0, base_url=url)
+            began = time.perf_counter()
+            child.start()
+            if megabytes:
+                [copy] = child.processes.list()
+                copy.write_stdin("\n")
+                line(copy)
+            else:
+                child.run("true")
+            found.append((time.perf_counter() - began) * 1000)
+            child.stop()
+        client.delete_pool("bench")
+        client.delete_snapshot(taken.snapshot_id)
+    return found
+
+
 def line(process: object) -> None:
     """Wait for a line of a background process."""
     while not process.logs(wait=10).data.endswith(b"\n"):  # type: ignore[attr-defined]
@@ -157,6 +187,7 @@ def main() -> None:
         commits = forks.overlay_commits(given.count)
         for name in ("checkpoint", "pause", "rollback", "child"):
             show(f"files and shell: {name}, ms", times[name], "overlay commit", commits)
+        show("files and shell: child from a pool, ms", pooled(url, given.count // 2, 0), "overlay commit", commits)
         copies = anyio.run(forks.copies, url, given.count // 2, given.megabytes)
         if not copies:
             print("processes cannot be copied here: `rock doctor`")
@@ -164,6 +195,8 @@ def main() -> None:
         bare = forks.bare_forks(given.count, given.megabytes)
         for name in ("checkpoint", "pause", "child", "meanwhile"):
             show(f"a Python with {given.megabytes} MB: {name}, ms", copies[name], "os.fork", bare)
+        show(f"a Python with {given.megabytes} MB: child from a pool, ms",
+             pooled(url, given.count // 2, given.megabytes), "os.fork", bare)
         children(url, pid, given.children, given.megabytes)
     try:
         found = criu(given.count // 2, given.megabytes) if shutil.which("criu") else "not installed: apt install criu"

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,19 @@ def test_a_child_that_fails_at_its_end_leaves_nothing(own_server: Callable[..., 
     for one in reversed(client.list_snapshots()):
         client.delete_snapshot(one.snapshot_id)
     until(lambda: not (folder / "snapshots").exists(), 10)
+
+
+def test_commands_begin_before_the_checkpoint_returns(own_server: Callable[..., RunningServer]) -> None:
+    """The state is that of the moment in which all was stopped, whatever commands do until it is stored."""
+    server = own_server(ROCK_FAULTS="namespace.processes.finished=stall:15@1")
+    with Sandbox("host", memory="256m", cpus=1.0, base_url=server.url) as box:
+        box.run("x=before; echo before > /tmp/file")
+        with ThreadPoolExecutor(1) as threads:
+            taking = threads.submit(box.checkpoint, memory="processes")
+            until(lambda: any((server.home / "run/namespace/snapshots").glob("*/processes.json")), 60)
+            box.run("x=after; echo after > /tmp/file")
+            assert not taking.done()
+            assert out(box, "echo $x; cat /tmp/file") == "after\nafter"
+            taken = taking.result(60)
+        with Sandbox(snapshot=taken.snapshot_id, memory="256m", cpus=1.0, base_url=server.url) as child:
+            assert out(child, "echo $x; cat /tmp/file") == "before\nbefore"

@@ -240,7 +240,7 @@ def test_a_killed_server_loses_no_snapshot(own_server: Callable[..., RunningServ
 
 
 POINTS = ("namespace.checkpoint.switched", "node.checkpoint.taken", "node.rollback.saved", "snapshot.delete.saved",
-          "namespace.processes.taken", "namespace.processes.adopted")  # fmt: skip
+          "namespace.processes.taken", "namespace.processes.finished", "namespace.processes.adopted")  # fmt: skip
 MORE = ("namespace.processes.known", "namespace.processes.started", "node.sessions.attached",
         "snapshot.create.saved", "namespace.checkpoint.frozen", "node.checkpoint.saved", "snapshot.create.made",
         "snapshot.rollback.begun", "snapshot.rollback.done", "node.snapshot.delete", "node.snapshot.dropped",

@@ -24,6 +24,7 @@ POINTS = (
     "snapshot.create.saved", "snapshot.create.made", "snapshot.rollback.begun", "snapshot.rollback.done",
     "snapshot.delete.saved", "snapshot.delete.gone", "namespace.checkpoint.switched", "namespace.checkpoint.frozen",
     "namespace.checkpoint.stopped", "namespace.processes.known", "namespace.processes.taken",
+    "namespace.processes.finished",
     "namespace.processes.adopted", "namespace.processes.started", "node.checkpoint.taken", "node.checkpoint.saved",
     "node.rollback.saved", "node.sessions.attached", "node.snapshot.delete", "node.snapshot.dropped", "sandbox.pausing",
     "sandbox.resumed", "sandbox.auto_pause.begun", "sandbox.auto_pause.woken", "store.recorded.begin",

@@ -374,7 +374,7 @@ def test_scattered_pages_do_not_take_whole_huge_pages() -> None:
         guest.stdin.write(b"pass\n")
         guest.stdin.flush()
         guest.stdout.readline()
-        made = capture.Prepared([guest.pid], 1 << 30)
+        made = capture.Prepared([guest.pid], 1 << 30, 1, 0)
         assert made.memory is not None
         assert resident(made.memory) < 40 << 20  # 32 of its pages are 2 MiB apart
         made.close()
@@ -397,21 +397,21 @@ def test_prepared_memory_fits_what_the_process_has_when_it_stops() -> None:
             return capture.Pages({guest.pid: address_space.mappings(guest.pid)}, 1 << 30, prepared)
 
         do(b"write(4096, 16384)")
-        same = capture.Prepared([guest.pid], 1 << 30)
+        same = capture.Prepared([guest.pid], 1 << 30, 1, 0)
         memory = same.memory
         pages = now(same)
         assert pages.memory is memory and same.memory is None
         assert pages.bytes >= 64 << 20
         pages.close()
 
-        less = capture.Prepared([guest.pid], 1 << 30)
+        less = capture.Prepared([guest.pid], 1 << 30, 1, 0)
         do(b"libc.madvise(where, 32 << 20, 4)")
         pages = now(less)
         assert pages.bytes - (1 << 20) < resident(pages.memory) < pages.bytes + (1 << 20)  # the rest is released
         pages.close()
         less.close()
 
-        more = capture.Prepared([guest.pid], 1 << 30)
+        more = capture.Prepared([guest.pid], 1 << 30, 1, 0)
         do(b"other = mmap.mmap(-1, 128 << 20, 34); other[0] = 1")
         pages = now(more)
         assert more.memory is not None and pages.memory is not more.memory  # too small

@@ -352,12 +352,12 @@ class Node:
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
         new.begin_idle()
+        self._spawn(self._open_default(new, None))  # while the old one ends
         await old.replaced()  # also removes its logs
         await new.attach_processes(new.expected)
         await new.saved()
         if (port := old.gateway_port.port) is not None:
             await new.open_gateway_port(port)
-        self._spawn(self._open_default(new, None))
         return new.describe()
 
     def _users_of(self, volume_id: str) -> list[str]:

@@ -132,46 +132,48 @@ class Snapshots:
         if sandbox.paused:
             raise Conflict(f"sandbox {sandbox.id} is paused", sandbox_id=sandbox.id, hint="resume it first")
         parent = runtime.parent(sandbox.handle)
-        async with sandbox.quiet(spec.wait):
-            frozen, why = await self._with_processes(runtime, sandbox, spec)
-            if frozen is not None:
-                sessions, without = _requests(sandbox), list[str]()
-            else:
+        async with _Moment(sandbox, spec.wait) as moment:
+            sessions, without, background = _requests(sandbox), list[str](), _background(sandbox)
+            running = [one for one in sandbox.processes.values() if one.info.running]
+            frozen, why = await self._with_processes(runtime, sandbox, spec, moment.over)
+            if frozen is None:
                 sessions, without = await self._states(sandbox, spec)
-                frozen = await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files)
-            copied = frozen.copied
-            await faults.point("node.checkpoint.taken")
-            sandbox.handle = frozen.handle
-            level: Level = "files" if spec.memory == "files" or without else "session"
-            if copied is not None:
-                level = "processes"
-            made = NodeSnapshot(
-                snapshot_id=spec.snapshot_id, sandbox_id=sandbox.id, parent=parent, tenant=spec.tenant, name=spec.name,
-                image=sandbox.config.image, memory=level, files=frozen.files, bytes=frozen.bytes, layers=frozen.layers,
-                paused_ms=frozen.paused_ms, left_out=_left_out(sandbox, frozen, sessions, without) + why,
-                created_at=time.time(),
-            )  # fmt: skip
-            shells = Shells(sessions, dict(sandbox.config.env), _background(sandbox, copied or ()))
-            try:
-                await sandbox.saved()
-                await faults.point("node.checkpoint.saved")
-                await asyncio.to_thread(self._write, made, shells)
-            except OSError as error:
-                with contextlib.suppress(RockError):
-                    await runtime.drop_snapshot(spec.snapshot_id)
-                raise atomic_file.not_kept(error, sandbox.id, "a snapshot") from None
+                frozen = await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files, continued=moment.over)
+        copied = frozen.copied
+        await faults.point("node.checkpoint.taken")
+        sandbox.handle = frozen.handle
+        level: Level = "files" if spec.memory == "files" or without else "session"
+        if copied is not None:
+            level = "processes"
+        made = NodeSnapshot(
+            snapshot_id=spec.snapshot_id, sandbox_id=sandbox.id, parent=parent, tenant=spec.tenant, name=spec.name,
+            image=sandbox.config.image, memory=level, files=frozen.files, bytes=frozen.bytes, layers=frozen.layers,
+            paused_ms=frozen.paused_ms, left_out=_left_out(sandbox, frozen, sessions, without, running) + why,
+            created_at=time.time(),
+        )  # fmt: skip
+        kept = {id: one for id, one in background.items() if programs.KEY + id in (copied or ())}
+        shells = Shells(sessions, dict(sandbox.config.env), kept)
+        try:
+            await sandbox.saved()
+            await faults.point("node.checkpoint.saved")
+            await asyncio.to_thread(self._write, made, shells)
+        except OSError as error:
+            with contextlib.suppress(RockError):
+                await runtime.drop_snapshot(spec.snapshot_id)
+            raise atomic_file.not_kept(error, sandbox.id, "a snapshot") from None
         self._known[made.snapshot_id] = made
         self._shells[made.snapshot_id] = shells
         return made
 
-    async def _with_processes(self, runtime: Forks, sandbox: Supervisor,
-                              spec: NodeCheckpoint) -> tuple[Frozen | None, list[str]]:
+    async def _with_processes(self, runtime: Forks, sandbox: Supervisor, spec: NodeCheckpoint,
+                              continued: Callable[[], None]) -> tuple[Frozen | None, list[str]]:
         """A checkpoint with the processes where that is wanted and possible; else the reason against it, for the
         report. Unsupported when the request needs them."""
         if spec.memory not in ("auto", "processes"):
             return None, []
         try:
-            return await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files, processes=True), []
+            return await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files, processes=True,
+                                            continued=continued), []  # fmt: skip
         except Unsupported as error:
             if spec.memory == "processes":
                 raise
@@ -384,21 +386,43 @@ class Snapshots:
         return NodeSnapshots()
 
 
+class _Moment:
+    """A time in which a sandbox is quiet: until `over`, or the end of the context. Conflict, see Supervisor.quiet."""
+
+    def __init__(self, sandbox: Supervisor, wait: float) -> None:
+        self._stack = contextlib.AsyncExitStack()
+        self._quiet = sandbox.quiet(wait)
+        self._ending: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> _Moment:
+        await self._stack.enter_async_context(self._quiet)
+        return self
+
+    def over(self) -> None:
+        """Commands may begin again. Idempotent."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._stack.aclose(), name="checkpoint: commands continue")
+
+    async def __aexit__(self, *_: object) -> None:
+        self.over()
+        assert self._ending is not None
+        await asyncio.shield(self._ending)
+
+
 def _requests(sandbox: Supervisor) -> list[dict[str, Any]]:
     """The open sessions, whose shells are copied."""
     return [{"spec": one.spec.model_dump(mode="json"), "state": None, "status": one.status}
             for one in sandbox.sessions if one.closed is None]  # fmt: skip
 
 
-def _background(sandbox: Supervisor, copied: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The background processes that are copied."""
-    return {one.id: {"command": one.command, "started_at": one.started_at}
-            for one in sandbox.processes.values() if programs.KEY + one.id in copied}  # fmt: skip
+def _background(sandbox: Supervisor) -> dict[str, dict[str, Any]]:
+    """The background processes, by id."""
+    return {one.id: {"command": one.command, "started_at": one.started_at} for one in sandbox.processes.values()}
 
 
 def _left_out(sandbox: Supervisor, frozen: Frozen, sessions: Sequence[Mapping[str, Any]],
-              without: Sequence[str]) -> list[str]:
-    """What existed in the sandbox and is not in the snapshot."""
+              without: Sequence[str], running: Sequence[programs.Background]) -> list[str]:
+    """What existed in the sandbox and is not in the snapshot. running: its background processes."""
     found = list(frozen.left_out)
     copied = frozen.copied or ()
     carried = [one["spec"]["session"] for one in sessions if one["state"] is not None]
@@ -409,8 +433,8 @@ def _left_out(sandbox: Supervisor, frozen: Frozen, sessions: Sequence[Mapping[st
         why = ", which is not a bash without a terminal" if without else ""
         found.append(f"state of the shell in sessions {', '.join(sorted(others))}{why}: variables, functions, working "
                      "directory")  # fmt: skip
-    for process in sandbox.processes.values():
-        if process.info.running and programs.KEY + process.id not in copied:
+    for process in running:
+        if programs.KEY + process.id not in copied:
             found.append(f"background process {process.id}: {str(process.command)[:200]}")
     if sandbox.hosts_environments:
         found.append("open environments")

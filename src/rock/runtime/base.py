@@ -554,10 +554,11 @@ class Forks(Protocol, metaclass=Capability):
     starts from one; NotFound when it is not here. Snapshots are named by 32 hexadecimal digits."""
 
     async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
-                         processes: bool = False) -> Frozen:
+                         processes: bool = False, continued: Callable[[], None] = lambda: None) -> Frozen:
         """Take the files of a running sandbox. processes: and all its processes, which run on in each sandbox that
-        starts from the snapshot. Repeats are no error. Unsupported with the reasons where that is not possible; nothing
-        has changed then. StorageFull, Unavailable: nothing has changed."""
+        starts from the snapshot. continued: called when all is as of one moment, and its processes run again; the
+        snapshot may still fail. Repeats are no error. Unsupported with the reasons where that is not possible; nothing
+        has changed then. StorageFull, Unavailable: there is no snapshot."""
         ...
 
     async def refusals(self, handle: Handle) -> Sequence[str]:

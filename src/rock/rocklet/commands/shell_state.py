@@ -24,10 +24,11 @@ _SIGNALS = "HUP INT QUIT USR1 USR2 PIPE ALRM TERM CHLD CONT TSTP TTIN TTOU WINCH
 _LIMITS = "c d f n s t v"
 
 # In a subshell, so that `set -e`, `set -x` and read-only variables have no effect on the shell itself. The options are
-# written first, because a command substitution would clear `set -e`, and applied last.
+# written first, because the subshell changes them, and applied last. Built-in commands without substitutions: the
+# subshell is the only fork.
 _DUMP = """{{ ( set +o; printf '%s\n' {mark}; set +eux; declare -p; declare -f; alias -p; shopt -p
-for s in {signals}; do trap -p $s; done; umask -p
-for l in {limits}; do echo "ulimit -S$l $(ulimit -S$l)"; done
+trap -p {signals}; umask -p
+for l in {limits}; do printf 'ulimit -S%s ' $l; ulimit -S$l; done
 printf 'builtin cd -- %q\n%s\n' "$PWD" {mark} ) > {path}; }} 2>/dev/null"""
 
 

@@ -360,7 +360,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
     # ---- snapshots ----
 
     async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
-                         processes: bool = False) -> Frozen:
+                         processes: bool = False, continued: Callable[[], None] = lambda: None) -> Frozen:
         await self._ready()
         return await self._snapshots.checkpoint(handle, snapshot_id, files, processes)
 

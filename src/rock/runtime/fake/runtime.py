@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from rock import errors
@@ -173,7 +173,7 @@ class FakeRuntime:
         return found[0]
 
     async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
-                         processes: bool = False) -> Frozen:
+                         processes: bool = False, continued: Callable[[], None] = lambda: None) -> Frozen:
         if processes:
             raise errors.Unsupported("processes cannot be copied: the fake runtime has none", sandbox_id=handle.id,
                                      hint='use memory="files" or "auto"')

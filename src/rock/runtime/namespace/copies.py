@@ -64,7 +64,8 @@ class Copies:
             await faults.point("namespace.processes.known")
             reply = await self._slots.launcher.request("take", {
                 **spec, "pid": sandbox.pid, "start": sandbox.start, "snapshot": name, "dry": dry,
-                "most": min(self.memory, space), "programs": hello["programs"]})  # fmt: skip
+                "most": min(self.memory, space), "limit": sandbox.memory,
+                "programs": hello["programs"]})  # fmt: skip
             if not reply.get("passing") or pause is None:
                 break
             await asyncio.sleep(pause)
@@ -72,6 +73,18 @@ class Copies:
         if reply.get("copied"):
             self._hold(snapshot_id, int(reply["bytes"]))
         return reply
+
+    async def finish(self, snapshot_id: str, sandbox_id: str) -> None:
+        """Wait until all pages of a `take` are read and stored; the processes continue meanwhile. StorageFull,
+        Unavailable, Ended."""
+        reply = await self._slots.launcher.request("finish", {"snapshot": snapshot_id})
+        await faults.point("namespace.processes.finished")
+        if "failed" in reply:
+            raise errors.StorageFull(f"the memory of the processes could not be stored: {reply['failed']}",
+                                     sandbox_id=sandbox_id, hint="free space on the worker's disk")  # fmt: skip
+        if "finished" not in reply:
+            raise errors.Unavailable(f"the processes were not copied: {reply.get('vanished') or reply.get('error')}",
+                                     sandbox_id=sandbox_id, hint="retry")
 
     def _hold(self, snapshot_id: str, size: int) -> None:
         self._held[snapshot_id] = size + _OVERHEAD

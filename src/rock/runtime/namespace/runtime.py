@@ -432,10 +432,10 @@ class NamespaceRuntime(InitSandboxes):
     # ---- snapshots ----
 
     async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
-                         processes: bool = False) -> Frozen:
+                         processes: bool = False, continued: Callable[[], None] = lambda: None) -> Frozen:
         link = self.link(handle) if processes else None
         return await self._snapshots.checkpoint(handle, snapshot_id, files, self.image(handle),
-                                                await self._switch_spec(handle, snapshot_id), link)
+                                                await self._switch_spec(handle, snapshot_id), link, continued)
 
     async def _switch_spec(self, handle: Handle, snapshot_id: str) -> dict[str, Any]:
         rootfs, slot = self.image(handle), handle.data["slot"]

@@ -3,8 +3,8 @@
     rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── zygote.py ──► a waiting child in new namespaces (child_setup.py)
                                            └── enters them, builds the mounts (furnish.py), then lets the child continue
 
-Requests: create, retire (end a sandbox and remove its remains), switch (freeze its files as a layer), take, start and
-forget (copies of processes, by a template: templates.py), ahead (prepare
+Requests: create, retire (end a sandbox and remove its remains), switch (freeze its files as a layer), take, finish,
+start and forget (copies of processes, by a template: templates.py), ahead (prepare
 user namespaces and run folders while idle), wired (whether networks with egress are possible), floor (a bare namespace
 fork, for `bench`). Several creates run concurrently; the launcher replies when each sandbox is ready. It exits when its
 socket closes; sandboxes continue to run. Standard library only, with few imports: each import adds to the memory of
@@ -178,6 +178,8 @@ class Launcher:
                 self._answer(request, self._switch(request))
             elif request["op"] in ("take", "start"):
                 request["cgroups"] = [*request["cgroups"], *(self.groups.folders if self.groups else ())]
+                self.templates.forward(request, fds, self.poll)
+            elif request["op"] == "finish":
                 self.templates.forward(request, fds, self.poll)
             elif request["op"] == "forget":
                 self.templates.forget(request["snapshot"], self.poll)

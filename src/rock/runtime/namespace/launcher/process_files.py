@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import stat
 import time
@@ -18,6 +19,8 @@ _O_PATH = os.O_PATH
 _DROPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW
 _APPEND_ONLY = os.O_WRONLY | os.O_APPEND
 _DELETED = " (deleted)"
+_PART, _MOST = 1 << 16, 32 << 20  # bytes of one read, and of a file
+_ACCESS = 40  # bytes of a line of maps in which the addresses and the access are
 _TRAP = 1 << 4  # SIGTRAP in a mask
 _KCMP, _KCMP_FILE = 312, 0
 _SHARED_MEMORY = ("/dev/zero", "/memfd:", "/SYSV", "/dev/shm/", "/dev/", "/i915", "anon_inode:")
@@ -88,11 +91,27 @@ def _mount(path: str) -> int:
 def fields_of(path: str) -> dict[str, str]:
     """The lines of a file of /proc as names and values."""
     found: dict[str, str] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            found.setdefault(name.strip(), value.strip())
+    for line in content(path).decode("utf-8", "replace").split("\n"):
+        name, _, value = line.partition(":")
+        if name not in found:
+            found[name] = value.strip()
     return found
+
+
+def content(path: str) -> bytes:
+    """The content of a file of /proc. Processes are stopped meanwhile: this is the fastest way. OSError, also for more
+    than 32 MiB, such as with many mappings of files with long names."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts, left = list[bytes](), _MOST
+        while part := os.read(fd, _PART):
+            parts.append(part)
+            left -= len(part)
+            if left < 0:
+                raise OSError(errno.EFBIG, f"{path} has more than {_MOST >> 20} MiB")
+        return b"".join(parts)
+    finally:
+        os.close(fd)
 
 
 def filters(pids: Sequence[int]) -> dict[int, str]:
@@ -162,8 +181,7 @@ def status(pid: int) -> dict[str, str]:
 
 def _filters(pid: int) -> str:
     """The number of system call filters of a process."""
-    with open(f"/proc/{pid}/status", "rb") as file:
-        found = file.read().partition(b"\nSeccomp_filters:")[2]
+    found = content(f"/proc/{pid}/status").partition(b"\nSeccomp_filters:")[2]
     return found.partition(b"\n")[0].strip().decode()
 
 
@@ -247,14 +265,15 @@ def shared(found: Sequence[Found]) -> list[str]:
 
 
 def _mappings(pid: int, name: _Name) -> Iterator[str]:
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            fields = line.rstrip("\n").split(None, 5)
-            if len(fields) < 6 or fields[1][1] != "w" or fields[1][3] != "s":
-                continue
-            if fields[5].startswith("/") and not fields[5].startswith(_SHARED_MEMORY):
-                yield f"{name} has a shared writable mapping of {fields[5][:200]!r}"
-                return
+    for raw in content(f"/proc/{pid}/maps").split(b"\n"):
+        if b"s " not in raw[:_ACCESS]:
+            continue
+        fields = raw.decode("utf-8", "replace").split(None, 5)
+        if len(fields) < 6 or fields[1][1] != "w" or fields[1][3] != "s":
+            continue
+        if fields[5].startswith("/") and not fields[5].startswith(_SHARED_MEMORY):
+            yield f"{name} has a shared writable mapping of {fields[5][:200]!r}"
+            return
 
 
 def bound_sockets(first: int, sockets: set[str]) -> list[str]:

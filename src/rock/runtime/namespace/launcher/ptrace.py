@@ -18,15 +18,21 @@ import struct
 import time
 from collections.abc import Sequence
 
+from rock.runtime.namespace.launcher.process_files import content
+
 SUPPORTED = platform.machine() == "x86_64"
 
-_SINGLESTEP, _DETACH = 9, 17
+_CONT, _SINGLESTEP, _DETACH = 7, 9, 17
 _GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 0x4204, 0x4205, 0x4206, 0x4207
 _GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
+_SETOPTIONS, _GETEVENTMSG, _TRACECLONE, _EVENT_CLONE = 0x4200, 0x4201, 8, 3
 _PRSTATUS = 1
 _REGISTERS = 27 * 8
-_RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP = 10, 12, 13, 14, 15, 16
-_R8, _R9, _R10 = 9, 8, 7
+_RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _RSP = 10, 12, 13, 14, 15, 16, 19
+_R8, _R9, _R10, _R12, _R13 = 9, 8, 7, 3, 2
+_GENERAL = 15  # registers, which come first
+_CLONE = 56
+_NO_STACK = 8  # an address that is never mapped
 _WALL = 0x40000000
 _EVENT_STOP = 128
 _SYSCALL = b"\x0f\x05"
@@ -205,22 +211,23 @@ class Injection:
         _offset[:] = [at]
         return start + at
 
-    def _wait(self) -> int:
-        """The status of its next stop. A process that does not come to one is killed: it cannot be restored."""
+    @staticmethod
+    def _wait(pid: int) -> int:
+        """The status of the next stop. A process that does not come to one is killed: it cannot be restored."""
         end, pause = time.monotonic() + _PATIENCE, 0.0
         while True:
-            found, status = os.waitpid(self.pid, _WALL | os.WNOHANG)
+            found, status = os.waitpid(pid, _WALL | os.WNOHANG)
             if found:
                 return status
             if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 raise OSError(errno.ETIMEDOUT, "a system call takes too long")
             time.sleep(pause)
             pause = min(pause + 0.00002, 0.001)
 
-    def _set_registers(self, data: bytes) -> None:
+    def _set_registers(self, data: bytes, pid: int = 0) -> None:
         vector = _Vector(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p), len(data))
-        call(_SETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+        call(_SETREGSET, pid or self.pid, _PRSTATUS, ctypes.addressof(vector))
 
     def _set_mask(self, mask: bytes) -> None:
         call(_SETSIGMASK, self.pid, 8, ctypes.cast(ctypes.c_char_p(mask), ctypes.c_void_p).value or 0)
@@ -247,6 +254,30 @@ class Injection:
             raise OSError(errno.EFAULT, "its memory cannot be read")
         return data
 
+    def write(self, address: int, data: bytes) -> None:
+        """Write into its memory. OSError."""
+        if os.pwrite(self._memory, data, address) != len(data):
+            raise OSError(errno.EFAULT, "its memory cannot be written")
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read its memory. OSError."""
+        data = os.pread(self._memory, length, address)
+        if len(data) != length:
+            raise OSError(errno.EFAULT, "its memory cannot be read")
+        return data
+
+    def execute(self, code: int, rows: int, count: int) -> None:
+        """Execute code in its memory, with these values in r12 and r13, up to a breakpoint. OSError."""
+        values = list(struct.unpack("=27Q", self._saved))
+        values[_RIP], values[_R12], values[_R13], values[_ORIG_RAX] = code, rows, count, (1 << 64) - 1
+        self._set_registers(struct.pack("=27Q", *values))
+        call(_CONT, self.pid)
+        status = self._wait(self.pid)
+        if not os.WIFSTOPPED(status):
+            raise OSError(errno.ESRCH, "it ended meanwhile")
+        if os.WSTOPSIG(status) != signal.SIGTRAP or status >> 16:
+            raise OSError(errno.EAGAIN, f"it was stopped by signal {os.WSTOPSIG(status)}")
+
     @property
     def registers(self) -> bytes:
         """Its registers before the first call."""
@@ -259,19 +290,64 @@ class Injection:
 
     def call(self, number: int, *arguments: int) -> int:
         """Execute a system call; returns its result. OSError with its errno."""
+        self._prepare(number, *arguments)
+        return self._result(self.pid)
+
+    def clone(self, flags: int) -> int:
+        """Clone the process, with these flags and its own copy of the memory; returns the number of the new process. It
+        is traced by the caller, and about to stop. It has no stack and no values in its registers, and blocks all
+        signals that a process can block: if it continued, it would be killed by a fault. OSError."""
+        os.pwrite(self._memory, self._old, self._room)  # the copy has what was there before
+        call(_SETOPTIONS, self.pid, 0, _TRACECLONE)
+        made: list[int] = []
+        try:
+            self._prepare(_CLONE, flags, _NO_STACK, 0, 0, 0, clear=True)
+            self._result(self.pid, made)
+        except OSError:
+            for pid in made:  # the original was killed
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, _WALL)
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                call(_SETOPTIONS, self.pid, 0, 0)
+        if not made:
+            raise OSError(errno.ENOSYS, "the kernel does not trace a new process")
+        return made[0]
+
+    def step(self, pid: int, number: int, *arguments: int) -> int:
+        """Execute a system call without data in a process of `clone`; returns its result. OSError."""
+        self._prepare(number, *arguments, clear=True, pid=pid)
+        return self._result(pid)
+
+    def _prepare(self, number: int, *arguments: int, clear: bool = False, pid: int = 0) -> None:
+        """Set the registers for a call. clear: no other register has a value that leads to memory."""
         values = list(struct.unpack("=27Q", self._saved))
+        if clear:
+            values[:_GENERAL] = [0] * _GENERAL
         values[_RIP], values[_RAX], values[_ORIG_RAX] = self._instruction, number, (1 << 64) - 1
         for place, value in zip((_RDI, _RSI, _RDX, _R10, _R8, _R9), arguments, strict=False):
             values[place] = value & (1 << 64) - 1
-        self._set_registers(struct.pack("=27Q", *values))
+        if pid:
+            values[_RSP] = _NO_STACK
+        self._set_registers(struct.pack("=27Q", *values), pid)
+
+    def _result(self, pid: int, made: list[int] | None = None) -> int:
+        """The result of the call that is prepared. made: receives the number of a process that it creates. OSError."""
         for _ in range(_MOST_STEPS):
-            call(_SINGLESTEP, self.pid)
-            status = self._wait()
+            call(_SINGLESTEP, pid)
+            status = self._wait(pid)
             if not os.WIFSTOPPED(status):
                 raise OSError(errno.ESRCH, "it ended meanwhile")
+            if made is not None and status >> 8 == signal.SIGTRAP | _EVENT_CLONE << 8:
+                message = ctypes.c_ulong()
+                call(_GETEVENTMSG, pid, 0, ctypes.addressof(message))
+                made.append(message.value)
+                continue
             after = ctypes.create_string_buffer(_REGISTERS)
             vector = _Vector(ctypes.addressof(after), _REGISTERS)
-            call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+            call(_GETREGSET, pid, _PRSTATUS, ctypes.addressof(vector))
             found = struct.unpack("=27Q", after.raw)
             if found[_RIP] != self._instruction:
                 break
@@ -287,14 +363,16 @@ class Injection:
 def _places(pid: int) -> tuple[tuple[int, int], int]:
     """The vDSO, and the address of a page of its stack for arguments."""
     code, room = None, 0
-    with open(f"/proc/{pid}/maps", "rb") as file:
-        for line in file:
+    lines = content(f"/proc/{pid}/maps").split(b"\n")
+    named = [line for line in lines if line.endswith((b"[vdso]", b"[stack]"))]
+    for chosen in (named, lines):
+        for line in () if code and room else chosen:
             fields = line.split(None, 5)
-            start, end = (int(part, 16) for part in fields[0].split(b"-"))
-            name = fields[5].strip() if len(fields) > 5 else b""
+            start, end = (int(part, 16) for part in fields[0].split(b"-")) if fields else (0, 0)
+            name = fields[5] if len(fields) > 5 else b""
             if name == b"[vdso]":
                 code = start, end
-            elif fields[1].startswith(b"rw-p") and (name == b"[stack]" or not room):
+            elif fields and fields[1].startswith(b"rw-p") and (name == b"[stack]" or not room):
                 room = end - _PAGE
     if code is None or not room:
         raise OSError(errno.ENOTSUP, "it has no vDSO, or no stack")

@@ -50,6 +50,11 @@ class Templates:
             if request["op"] == "take":  # by a new template, which has the request from its start
                 self.forget(request["snapshot"], poll)
                 holder = self._fork(request, poll)
+            elif request["op"] == "finish":  # of a take
+                if request["snapshot"] not in self._by_name:
+                    raise ChildProcessError(errno.ECHILD, "it has ended")
+                holder = self._by_name[request["snapshot"]]
+                self._send(holder, request, fds)
             else:
                 holder = self._by_name.get(request["snapshot"]) or self._fork(request, poll)
                 try:
@@ -60,7 +65,8 @@ class Templates:
                     self._send(holder, request, fds)
             holder.waiting.append(int(request["id"]))
         except OSError as error:
-            self._answer(request, {"error": f"template: {error.strerror or error}", "errno": error.errno or 0})
+            number = errno.ECHILD if request["op"] == "finish" else error.errno or 0
+            self._answer(request, {"error": f"template: {error.strerror or error}", "errno": number})
 
     @staticmethod
     def _send(holder: _Holder, request: dict[str, Any], fds: Sequence[int]) -> None:

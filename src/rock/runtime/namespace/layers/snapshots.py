@@ -262,7 +262,8 @@ class Snapshots:
     # ---- checkpoint ----
 
     async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
-                         rootfs: RootFS, spec: dict[str, Any], link: InitLink | None) -> Frozen:
+                         rootfs: RootFS, spec: dict[str, Any], link: InitLink | None,
+                         continued: Callable[[], None]) -> Frozen:
         """See `Forks.checkpoint`. spec: of a create of this sandbox. link: of its pid 1, to copy its processes."""
         known = self._known.get(snapshot_id)
         if known is not None:
@@ -279,8 +280,7 @@ class Snapshots:
                                      sandbox_id=handle.id, hint="retry with another id")
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
         try:
-            await asyncio.to_thread(self.make_folder, folder)
-            left_out = await asyncio.to_thread(_left_out, sandbox.pid)
+            left_out = await asyncio.to_thread(self._begun, folder, sandbox.pid)
             reasons: list[str] = []
             copied: Sequence[str] | None = None
             paused = -1.0
@@ -302,14 +302,13 @@ class Snapshots:
                 self._layers[sandbox.slot] = [snapshot_id, *layers]
                 await faults.point("namespace.checkpoint.switched")
                 self._switched(sandbox, handle, [snapshot_id, *layers])
-            if link is not None and copied is None:
-                raise errors.StorageFull(f"the memory of the processes could not be stored: {'; '.join(reasons)}",
-                                         sandbox_id=handle.id, hint="free space on the worker's disk")  # fmt: skip
+            continued()
+            if link is not None:
+                await self.copies.finish(snapshot_id, handle.id)
             await faults.point("namespace.checkpoint.frozen")
-            size = await asyncio.to_thread(disk_layout.written, f"{folder}/upper")
-            made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, size,
+            made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, None,
                             left_out, round(paused * 1000, 3), copied=copied)
-            made = await asyncio.to_thread(self._complete, made, rootfs)
+            made = await asyncio.to_thread(self._measured, made, rootfs)
         except BaseException as error:
             self._layers.pop(f"new {snapshot_id}", None)
             self.copies.forget(snapshot_id)
@@ -389,8 +388,7 @@ class Snapshots:
                 sandbox.snapshots = self._layers[sandbox.slot] = [str(one) for one in found]
                 raise errors.Unavailable(f"the processes were not copied: {reply['error']}", hint="retry")
             return [str(reply["error"])], -1.0, [], None
-        failed = [str(reply["failed"])] if "failed" in reply else []
-        return failed, float(reply["paused"]), list(reply["lost"]), reply.get("keys")
+        return [], float(reply["paused"]), list(reply["lost"]), reply.get("keys")
 
     def _switched(self, sandbox: Sandbox, handle: Handle, layers: Sequence[str]) -> None:
         """Record that the sandbox runs on its frozen files."""
@@ -414,7 +412,17 @@ class Snapshots:
         finally:
             link.close()
 
+    def _begun(self, folder: str, first: int) -> list[str]:
+        """Create the folder; returns what is left out. OSError. Blocking."""
+        self.make_folder(folder)
+        return _left_out(first)
+
+    def _measured(self, made: Snapshot, rootfs: RootFS) -> Snapshot:
+        size = disk_layout.written(f"{self.folder(made.id)}/upper")
+        return self._complete(dataclasses.replace(made, bytes=size), rootfs)
+
     def _complete(self, made: Snapshot, rootfs: RootFS) -> Snapshot:
+        """Record a snapshot. Unsupported, OSError. Blocking."""
         folder = Path(self.folder(made.id))
         refuse_mount_points(str(folder), made.sandbox)
         for name in os.listdir(folder):
@@ -494,7 +502,7 @@ def _report(handle: Handle, found: Snapshot) -> Frozen:
 
 
 def _left_out(first: int) -> list[str]:
-    """Files in memory, which no layer has. Blocking."""
+    """Files in memory, which no layer has."""
     with contextlib.suppress(OSError):
         info = os.statvfs(f"/proc/{first}/root/dev/shm")
         used = (info.f_blocks - info.f_bfree) * info.f_frsize

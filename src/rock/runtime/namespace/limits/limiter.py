@@ -115,6 +115,11 @@ def shared_out(pid: int) -> int:
     return resident(pid)
 
 
+def is_first(pid: int) -> bool:
+    """Whether a process is to be killed before all others, as the duplicate of a process in a checkpoint is."""
+    return cgroups.read_text(f"/proc/{pid}/oom_score_adj").strip() == "1000"
+
+
 def files_in_memory(pids: Iterable[int]) -> dict[int, int]:
     """Bytes of the memory files (memfd) that these processes hold open, by inode, each once.
 
@@ -142,7 +147,7 @@ def _cpu_seconds(pid: int, tree: list[process_tree.Entry]) -> float:
 
 
 def watch(watched: Watched, *, files: bool = False) -> None:
-    """Kill the largest processes of each sandbox that exceeds its limit. Blocking.
+    """Kill the largest processes of each sandbox that exceeds its limit; before them, those of `is_first`. Blocking.
 
     watched: by pid 1, the limit of its process tree in bytes, and a callback before each kill, so that the cause is
     known when the exit is seen. files: include memory files, which is slower. One scan of /proc serves all sandboxes;
@@ -155,15 +160,17 @@ def watch(watched: Watched, *, files: bool = False) -> None:
         in_files = sum({number: size for found in held.values() for number, size in found.items()}.values())
         if sum(resident(entry.pid) for entry in tree) + in_files <= limit:
             continue
+        first = {entry.pid for entry in tree if is_first(entry.pid)}
         sizes = sorted(((shared_out(entry.pid) + sum(held.get(entry.pid, {}).values()), entry) for entry in tree),
-                       key=lambda pair: pair[0], reverse=True)
+                       key=lambda pair: (pair[1].pid in first, pair[0]), reverse=True)
         total = sum(shared_out(entry.pid) for entry in tree) + in_files
         for size, entry in sizes:
             if total <= limit:
                 break
             now = process_tree.read(entry.pid)
             if now is not None and now.start == entry.start and now.alive:
-                tell()
+                if entry.pid not in first:
+                    tell()
                 process_tree.send(entry, signal.SIGKILL)
             total -= size
 

@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from rock.runtime.namespace.launcher import process_files
+
 PAGE = 4096
 HIGHEST = 0x7FFFFFFFF000  # of user space on x86_64
 SPECIAL = ("[vdso]", "[vvar]", "[vvar_vclock]")  # mapped by the kernel; a process can move them
@@ -60,12 +62,11 @@ class Mapping(NamedTuple):
 def mappings(pid: int) -> list[Mapping]:
     """The mappings of a process, in the order of their addresses. TooMany, OSError."""
     found: list[Mapping] = []
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            if len(found) >= MOST_MAPPINGS:
-                raise TooMany(f"it has more than {MOST_MAPPINGS} mappings")
-            if (one := parse(line)).name not in _NOT_PROCESS:
-                found.append(one)
+    for line in process_files.content(f"/proc/{pid}/maps").decode("utf-8", "surrogateescape").split("\n"):
+        if len(found) >= MOST_MAPPINGS:
+            raise TooMany(f"it has more than {MOST_MAPPINGS} mappings")
+        if line and (one := parse(line)).name not in _NOT_PROCESS:
+            found.append(one)
     return found
 
 
@@ -83,33 +84,52 @@ def plain(name: str) -> str:
     return name.replace("\\012", "\n").replace("\\134", "\\")
 
 
-def own_pages(pid: int) -> list[Range]:
-    """The ranges of a process's pages that no file has: written since they were mapped, and not zero pages. OSError."""
+def own_pages(pid: int, mapped: Sequence[Mapping]) -> list[Range]:
+    """The ranges of a process's pages that no file has: written since they were mapped, and not zero pages. mapped: its
+    mappings. OSError."""
     fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     regions = ctypes.create_string_buffer(24 * _REGIONS)
     found: list[Range] = []
-    start = 0
     try:
-        while True:
-            argument = bytearray(struct.pack(
-                "=12Q", 96, 0, start, HIGHEST, 0, ctypes.addressof(regions), _REGIONS, 0, _FILE | _ZERO, _FILE | _ZERO,
-                _PRESENT | _SWAPPED, _PRESENT | _SWAPPED))  # fmt: skip
-            try:
-                count = fcntl.ioctl(fd, _SCAN, argument)
-            except OSError as error:
-                if error.errno == errno.ENOTTY:
-                    raise OSError(errno.ENOSYS, "Linux 6.7 or newer is needed, for PAGEMAP_SCAN") from None
-                raise
-            for first, last, _ in struct.iter_unpack("=3Q", regions.raw[: 24 * count]):
-                if found and found[-1][1] == first:
-                    found[-1] = found[-1][0], last
-                else:
-                    found.append((first, last))
-            start = struct.unpack_from("=Q", argument, 32)[0]
-            if count < _REGIONS or start >= HIGHEST:
-                return found
+        for start, end, files in _areas(mapped):
+            _scan(fd, start, end, _FILE | _ZERO if files else _ZERO, regions, found)
+        return found
     finally:
         os.close(fd)
+
+
+def _areas(mapped: Sequence[Mapping]) -> list[tuple[int, int, bool]]:
+    """Parts of an address space, and whether they have mappings of files. To find out whether a page is one of a file,
+    the kernel reads its data structure, which takes ten times as long as the rest of a scan."""
+    found: list[tuple[int, int, bool]] = []
+    for one in mapped:
+        files = one.is_file or one.is_special
+        if found and found[-1][2] == files:
+            found[-1] = found[-1][0], one.end, files
+        else:
+            found.append((one.start, one.end, files))
+    return found
+
+
+def _scan(fd: int, start: int, end: int, without: int, regions: ctypes.Array[ctypes.c_char],
+          found: list[Range]) -> None:
+    """Append the ranges of present or swapped pages between two addresses, without those of some categories."""
+    while start < end:
+        argument = bytearray(struct.pack(
+            "=12Q", 96, 0, start, end, 0, ctypes.addressof(regions), _REGIONS, 0, without, without,
+            _PRESENT | _SWAPPED, _PRESENT | _SWAPPED))  # fmt: skip
+        try:
+            count = fcntl.ioctl(fd, _SCAN, argument)
+        except OSError as error:
+            if error.errno == errno.ENOTTY:
+                raise OSError(errno.ENOSYS, "Linux 6.7 or newer is needed, for PAGEMAP_SCAN") from None
+            raise
+        for first, last, _ in struct.iter_unpack("=3Q", bytes(memoryview(regions)[: 24 * count])):
+            if found and found[-1][1] == first:
+                found[-1] = found[-1][0], last
+            else:
+                found.append((first, last))
+        start = struct.unpack_from("=Q", argument, 32)[0] if count == _REGIONS else end
 
 
 def within(pages: Sequence[Range], mapping: Mapping) -> list[Range]:

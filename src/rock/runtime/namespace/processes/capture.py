@@ -12,20 +12,18 @@ import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from rock.runtime.namespace.launcher import process_files, ptrace, syscall_list
-from rock.runtime.namespace.processes import address_space, inventory, state
+from rock.runtime.namespace.launcher import process_files, ptrace
+from rock.runtime.namespace.processes import address_space, injected, inventory, state
 from rock.runtime.namespace.processes.address_space import PAGE, Range
 from rock.runtime.namespace.processes.inventory import Found, Inventory
 
-NUMBERS = {**syscall_list.NUMBERS["x86_64"], "clone3": 435, "close_range": 436}
+NUMBERS = injected.NUMBERS
 _GETREGSET, _GET_RSEQ = 0x4204, 0x420F
 _XSTATE = 0x202
 _LARGEST_XSTATE = 16384
-_PR = {"death_signal": 2, "dumpable": 3, "securebits": 27, "subreaper": 37, "tid_address": 40}
-_BY_ADDRESS = ("death_signal", "subreaper", "tid_address")
-_TIMERS = (0, 1, 2)
+_PR_GET_TID_ADDRESS = 40
 _BATCH = 512  # ranges of one process_vm_readv
 _PORTION = 64 << 20  # bytes of one
 HUGE = 2 << 20  # bytes of a huge page
@@ -63,17 +61,20 @@ def inspect(stopped: ptrace.Stopped, first: int,
     return found, known
 
 
-def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str, object]], most: int,
+def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str, object]], most: int, limit: int,
             check: Callable[[], None], prepared: Prepared | None = None) -> tuple[state.Tree, Pages]:
-    """The state of all stopped processes but pid 1, `first`, and their pages. most: bytes of pages. check: raises when
-    the time is over. prepared: memory for the pages. Refused, TooLarge, OSError; all processes are then as before."""
+    """The state of all stopped processes but pid 1, `first`, and their pages, except those that `Pages.complete` reads
+    of duplicates, while the processes continue. most: bytes of pages. limit: of the sandbox's memory; 0 is none. check:
+    raises when the time is over. prepared: memory for the pages. Refused, TooLarge, OSError; all processes are then as
+    before."""
     found, known = inspect(stopped, first, programs)
     check()
     pages = Pages({one.outside: one.mappings for one in found.processes}, most, prepared)
     try:
+        large = _large(pages, [one.outside for one in found.processes if one.parent == 1], first, limit)
         processes = []
         for one in found.processes:
-            processes.append(_process(one, found, pages.runs[one.outside]))
+            processes.append(_process(one, found, pages, one.outside in large))
             check()
         pages.read(check)
     except BaseException:
@@ -82,28 +83,40 @@ def capture(stopped: ptrace.Stopped, first: int, programs: Sequence[Mapping[str,
     return state.Tree(known, processes, found.descriptions, found.pipes, pages.size, pages.bytes), pages
 
 
+def _large(layout: Layout | Pages, children: Sequence[int], first: int, limit: int) -> set[int]:
+    """The processes that are forked in place: of the children of pid 1 those with much memory, if the sandbox has room
+    for as many pages again, which it needs when all of them are written to meanwhile."""
+    sizes = {pid: sum(run.end - run.start for run in layout.runs[pid]) for pid in children}
+    large = {pid: size for pid, size in sizes.items() if size >= injected.LEAST}
+    if not large or not injected.room(first, layout.runs, limit).fits(sum(large.values())):
+        return set()
+    return set(large)
+
+
 # ---- registers, and what only the process itself can tell ----
 
 
-def _process(one: Found, found: Inventory, runs: Sequence[state.Run]) -> state.Process:
+def _process(one: Found, found: Inventory, pages: Pages, duplicate: bool) -> state.Process:
     pid, status = one.outside, one.status
     extended = register_set(pid, _XSTATE)
     rseq = rseq_of(pid)
     robust = _robust_list(pid)
     with ptrace.Injection(pid) as process:
-        own = _ask(process, int(status["SigCgt"], 16))
+        own = injected.ask(process, int(status["SigCgt"], 16))
         registers, blocked = process.registers, process.blocked
+        if duplicate:
+            pages.duplicate(process)
     if own.securebits:
         raise Refused(f"{process_files.label(pid)} has secure bits")
-    memory = list(one.memory)
+    memory, maps = list(one.memory), _Maps(pid)
     memory[5] = own.break_
     with open(f"/proc/{pid}/auxv", "rb") as file:
         auxiliary = file.read()
     return state.Process(
         pid=one.pid, parent=one.parent, session=one.session, group=one.group, name=one.name, registers=registers,
-        extended=extended, blocked=blocked, rseq=rseq, robust_list=robust, mappings=one.mappings, runs=runs,
+        extended=extended, blocked=blocked, rseq=rseq, robust_list=robust, mappings=one.mappings, runs=pages.runs[pid],
         memory=memory, auxiliary=auxiliary, program=one.program, folder=one.folder, umask=int(status["Umask"], 8),
-        ids=_ids(pid, status), groups=[_inside(number, _map(pid, "gid")) for number in status["Groups"].split()],
+        ids=_ids(pid, status, maps), groups=[_inside(number, maps.gid) for number in status["Groups"].split()],
         capabilities=inventory.capabilities(status)[:4], nice=one.nice,
         oom_score=int(_text(f"/proc/{pid}/oom_score_adj")),
         limits=limits(pid),
@@ -116,49 +129,13 @@ def _process(one: Found, found: Inventory, runs: Sequence[state.Run]) -> state.P
 def _thread(tid: int) -> state.Thread:
     extended, rseq, robust = register_set(tid, _XSTATE), rseq_of(tid), _robust_list(tid)
     with ptrace.Injection(tid) as thread:
-        thread.call(NUMBERS["prctl"], _PR["tid_address"], thread.put(bytes(8)), 0, 0, 0)
+        thread.call(NUMBERS["prctl"], _PR_GET_TID_ADDRESS, thread.put(bytes(8)), 0, 0, 0)
         address = int(struct.unpack("=Q", thread.fetch(8))[0])
         thread.call(NUMBERS["sigaltstack"], 0, thread.put(bytes(24)))
         stack = thread.fetch(24)
         registers, blocked = thread.registers, thread.blocked
     return state.Thread(inventory.inside(tid), inventory.comm(tid), registers, extended, blocked, rseq, robust, stack,
                         address)  # fmt: skip
-
-
-class _Own:
-    """What only a process itself can read, by injected calls."""
-
-    break_ = securebits = tid_address = death_signal = dumpable = 0
-    subreaper = False
-    alternate_stack = b""
-    timers: Sequence[bytes] = ()
-    actions: Sequence[tuple[int, bytes]] = ()
-
-
-def _ask(process: ptrace.Injection, handled: int) -> _Own:
-    own = _Own()
-    own.break_ = process.call(NUMBERS["brk"], 0)
-    for name, option in _PR.items():
-        if name in _BY_ADDRESS:
-            process.call(NUMBERS["prctl"], option, process.put(bytes(8)), 0, 0, 0)
-            value = int(struct.unpack("=Q", process.fetch(8))[0])
-            setattr(own, name, bool(value) if name == "subreaper" else value)
-        else:
-            setattr(own, name, process.call(NUMBERS["prctl"], option, 0, 0, 0, 0))
-    process.call(NUMBERS["sigaltstack"], 0, process.put(bytes(24)))
-    own.alternate_stack = process.fetch(24)
-    timers = []
-    for which in _TIMERS:
-        process.call(NUMBERS["getitimer"], which, process.put(bytes(32)))
-        timers.append(process.fetch(32))
-    own.timers = timers
-    actions = []
-    for number in range(1, 65):
-        if handled >> (number - 1) & 1:
-            process.call(NUMBERS["rt_sigaction"], number, 0, process.put(bytes(32)), 8)
-            actions.append((number, process.fetch(32)))
-    own.actions = actions
-    return own
 
 
 def register_set(pid: int, kind: int) -> bytes:
@@ -198,8 +175,13 @@ def limits(pid: int) -> list[tuple[int, int]]:
     return [tuple(-1 if text == "unlimited" else int(text) for text in row) for row in rows]  # type: ignore[misc]
 
 
-def _map(pid: int, kind: str) -> list[tuple[int, ...]]:
-    return [tuple(int(word) for word in line.split()) for line in _text(f"/proc/{pid}/{kind}_map").splitlines()]
+class _Maps:
+    """The mappings of user and group ids of a process."""
+
+    def __init__(self, pid: int) -> None:
+        self.uid, self.gid = (
+            [tuple(int(word) for word in line.split()) for line in _text(f"/proc/{pid}/{kind}_map").splitlines()]
+            for kind in ("uid", "gid"))
 
 
 def _inside(number: str, mapped: Sequence[tuple[int, ...]]) -> int:
@@ -210,13 +192,13 @@ def _inside(number: str, mapped: Sequence[tuple[int, ...]]) -> int:
     raise Refused(f"a process has the id {number}, which the sandbox does not have")
 
 
-def _ids(pid: int, status: Mapping[str, str]) -> list[int]:
+def _ids(pid: int, status: Mapping[str, str], maps: _Maps) -> list[int]:
     found = []
-    for kind in ("Uid", "Gid"):
+    for kind, known in (("Uid", maps.uid), ("Gid", maps.gid)):
         real, effective, saved, file = status[kind].split()
         if file != effective:
             raise Refused(f"{process_files.label(pid)} has another identity for files")
-        found += [_inside(number, _map(pid, kind.lower())) for number in (real, effective, saved)]
+        found += [_inside(number, known) for number in (real, effective, saved)]
     return found
 
 
@@ -243,7 +225,7 @@ class Layout:
                 raise TooLarge(f"the processes have more than {most >> 20} MiB of memory of their own")
 
     def _place(self, pid: int, mappings: Sequence[address_space.Mapping]) -> None:
-        pages = address_space.own_pages(pid)
+        pages = address_space.own_pages(pid, mappings)
         runs, hidden = self.runs.setdefault(pid, []), self.hidden.setdefault(pid, [])
         for mapping in mappings:
             mine = address_space.within(pages, mapping)
@@ -263,21 +245,25 @@ class Layout:
             if whole:
                 self.size += mapping.size
 
-    def places(self) -> list[Range]:
-        """The pages in the range, in order."""
-        return [(run.place, run.place + run.end - run.start) for runs in self.runs.values() for run in runs]
+    def places(self, pids: Iterable[int]) -> list[Range]:
+        """The pages of these processes in the range, in order."""
+        wanted = set(pids)
+        return [(run.place, run.place + run.end - run.start)
+                for pid, runs in self.runs.items() if pid in wanted for run in runs]  # fmt: skip
 
 
 class Prepared:
-    """Memory for the pages of processes that still run, so that the kernel assigns it before they stop. The processes
-    may change meanwhile."""
+    """Memory for the pages of processes that still run, so that the kernel assigns it before they stop, unless they are
+    forked in place. The processes may change meanwhile."""
 
-    def __init__(self, pids: Sequence[int], most: int) -> None:
-        """TooLarge, TooMany, OSError."""
+    def __init__(self, pids: Sequence[int], most: int, first: int, limit: int) -> None:
+        """first: pid 1. limit: as of `capture`. TooLarge, TooMany, OSError."""
         layout = Layout({pid: address_space.mappings(pid) for pid in pids}, most)
         self.memory: Reserved | None = reserve(layout.size, layout.spaces)
-        self._places = layout.places()
+        large = _large(layout, [pid for pid in pids if inventory.parent(pid) == first], first, limit)
+        self._places = layout.places(pid for pid in pids if pid not in large)
         try:
+            self.memory.favour_huge(layout.places(large))
             self.memory.fill(self._places)
         except OSError:
             self.close()
@@ -288,7 +274,7 @@ class Prepared:
         memory = self.memory
         if memory is None or memory.size < layout.size or memory.touches(layout.spaces):
             return None
-        for start, end in address_space.without(self._places, layout.places()):
+        for start, end in address_space.without(self._places, layout.places(layout.runs)):
             memory.drop(start, end)
         self.memory = None
         return memory
@@ -301,7 +287,8 @@ class Prepared:
 
 
 class Pages:
-    """The own pages of several processes in this process's memory. runs: by process outside."""
+    """The own pages of several processes in this process's memory. runs: by process outside. Use `read` while the
+    processes are stopped, and then `complete`."""
 
     def __init__(self, spaces: Mapping[int, Sequence[address_space.Mapping]], most: int,
                  prepared: Prepared | None = None) -> None:
@@ -311,18 +298,59 @@ class Pages:
         memory = prepared.take(layout) if prepared is not None else None
         self.memory = memory or reserve(layout.size, layout.spaces)
         if memory is None:
-            self.memory.favour_huge(layout.places())
+            self.memory.favour_huge(layout.places(layout.runs))
+        self._spaces = spaces
+        self._duplicates: dict[int, injected.Duplicate] = {}  # by original
+        self._later: list[tuple[injected.Duplicate, Sequence[state.Run], Sequence[state.Run]]] = []
+
+    def duplicate(self, process: ptrace.Injection) -> None:
+        """Fork a stopped process in place, so that its pages are read later. Without effect where that is not possible,
+        such as at a limit of processes."""
+        with contextlib.suppress(OSError):
+            self._duplicates[process.pid] = injected.Duplicate(process)
 
     def read(self, check: Callable[[], None]) -> None:
-        """Copy the pages from the stopped processes. check: called after each portion. OSError."""
+        """Copy the pages from the stopped processes: of those with a duplicate, only the ones that it does not have,
+        such as after MADV_DONTFORK. check: called after each portion. OSError."""
         for pid, runs in self.runs.items():
-            hidden = set(self._hidden[pid])
-            plain = [part for run in runs if run not in hidden for part in _parts(run)]
-            for batch in _batches(plain):
-                self._read(pid, batch)
-                check()
-            self._read_hidden(pid, [part for run in self._hidden[pid] for part in _parts(run)])
+            hidden = self._hidden[pid]
+            if (one := self._duplicates.get(pid)) is not None:
+                known = one.pages(self._spaces[pid])
+                self._later.append((one, _inside_of(runs, known), _inside_of(hidden, known)))
+                runs, hidden = _outside(runs, known), _outside(hidden, known)
+            self._read_all(pid, runs, hidden, check)
+
+    def complete(self, check: Callable[[], None]) -> None:
+        """Copy the other pages, from the duplicates, which end. injected.Vanished, OSError."""
+        try:
+            for one, runs, hidden in self._later:
+                try:
+                    self._read_all(one.pid, runs, hidden, check)
+                finally:
+                    one.check()  # the cause of a failure
+                one.end()
+        finally:
+            self.let_go()
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._duplicates
+
+    def let_go(self) -> None:
+        """End the duplicates. Idempotent."""
+        self._later.clear()
+        while self._duplicates:
+            self._duplicates.popitem()[1].end()
+
+    def _read_all(self, pid: int, runs: Sequence[state.Run], hidden: Sequence[state.Run],
+                  check: Callable[[], None]) -> None:
+        """hidden: of the runs, those that the process itself cannot read."""
+        without = set(hidden)
+        for batch in _batches([part for run in runs if run not in without for part in _parts(run)]):
+            self._read(pid, batch)
             check()
+        self._read_hidden(pid, [part for run in hidden for part in _parts(run)])
+        check()
 
     def _read(self, pid: int, runs: Sequence[state.Run]) -> None:
         base = self.memory.address
@@ -351,7 +379,30 @@ class Pages:
             os.close(fd)
 
     def close(self) -> None:
+        """End the duplicates, and release the memory."""
+        self.let_go()
         self.memory.close()
+
+
+def _outside(runs: Sequence[state.Run], pages: Sequence[Range]) -> list[state.Run]:
+    """The parts of sorted runs that lie in none of these sorted ranges."""
+    return _at(runs, address_space.without([(run.start, run.end) for run in runs], pages))
+
+
+def _inside_of(runs: Sequence[state.Run], pages: Sequence[Range]) -> list[state.Run]:
+    """The parts of sorted runs that lie in these sorted ranges."""
+    left = [(run.start, run.end) for run in _outside(runs, pages)]
+    return _at(runs, address_space.without([(run.start, run.end) for run in runs], left))
+
+
+def _at(runs: Sequence[state.Run], parts: Sequence[Range]) -> list[state.Run]:
+    """Parts of sorted runs, as runs."""
+    found, index = list[state.Run](), 0
+    for start, end in parts:
+        while runs[index].end <= start:
+            index += 1
+        found.append(state.Run(start, end, runs[index].place + start - runs[index].start))
+    return found
 
 
 def _parts(run: state.Run) -> Iterator[state.Run]:
@@ -400,10 +451,9 @@ class Reserved:
         self.favour_huge(places)
         for start, end in places:
             advise(self.address + start, end - start, _POPULATE_WRITE)
-        self.keep_shared()
 
     def keep_shared(self) -> None:
-        """Huge pages are not made later: in a copy they would replace pages that it shares."""
+        """From now on, no huge pages are made: in a copy they would replace pages that it shares."""
         with contextlib.suppress(OSError):
             advise(self.address, self.size, _NOHUGEPAGE)
 
@@ -430,7 +480,9 @@ def reserve(size: int, taken: Sequence[Range]) -> Reserved:
     start = address_space.free_range(size + 2 * Reserved.ROOM + HUGE, [*own, *taken])
     address = -(-(start + 2 * Reserved.ROOM) // HUGE) * HUGE
     map_fixed(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
-    return Reserved(address, size)
+    memory = Reserved(address, size)
+    memory.keep_shared()  # except where `favour_huge` allows them
+    return memory
 
 
 _FIXED_NOREPLACE, _NORESERVE = 0x100000, 0x4000

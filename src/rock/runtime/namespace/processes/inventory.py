@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import socket
 import stat
 import struct
 import termios
@@ -19,11 +20,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rock.host import folders
-from rock.runtime.namespace.launcher import child_setup, process_files
+from rock.runtime.namespace.launcher import child_setup, kernel, process_files
 from rock.runtime.namespace.processes import address_space, state
 from rock.runtime.namespace.processes.address_space import Mapping
 from rock.runtime.namespace.processes.state import Description
-from rock.runtime.namespace.processes.unix_sockets import UnixSockets
 
 MOST_PROCESSES = 64
 MOST_THREADS = 512
@@ -34,9 +34,17 @@ _KCMP, _KCMP_FILE, _KCMP_VM, _KCMP_FILES, _KCMP_FS, _KCMP_EPOLL = 312, 0, 1, 2, 
 _MEMORY_FIELDS = (26, 27, 45, 46, 47, 0, 28, 48, 49, 50, 51)  # of /proc/PID/stat, in the order of prctl_mm_map
 _DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
 _NOT_FILES = {"proc", "sysfs", "tmpfs", "devpts", "devtmpfs", "cgroup", "cgroup2", "mqueue"}
+_NAMESPACES = ("mnt", "pid", "ipc", "uts", "user", "net", "cgroup", "pid_for_children")
 _DROPPED = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOFOLLOW
 _ASYNC = 0o20000
 _DIRECT = 0o40000
+_SOCK_DIAG, _BY_FAMILY, _ERROR = 4, 20, 2
+_REQUEST = 1
+_SHOW = 1 | 4 | 0x10  # name, peer, length of the queues
+_NAME, _PEER, _QUEUES, _SHUTDOWN = 0, 2, 4, 6
+_ESTABLISHED = 1
+_ANY_COOKIE = 0xFFFFFFFF
+_SOCKET_PATIENCE = 2.0  # seconds
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -79,6 +87,8 @@ class Inventory:
         self._pipes: dict[str, int] = {}
         self._streams_of: dict[int, tuple[str, str]] = {}  # key and name by pipe
         self._sockets: dict[int, tuple[int, str]] = {}  # index of the description, and its name, by inode
+        self._namespaces = {kind: os.readlink(f"/proc/{first}/ns/{kind}") for kind in os.listdir(f"/proc/{first}/ns")
+                            if kind in _NAMESPACES}  # fmt: skip
         self._root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -131,15 +141,14 @@ class Inventory:
             problems.append(f"has the deleted or hidden working directory {folder[:200]!r}")
         if os.readlink(f"/proc/{pid}/root") != "/":
             problems.append("has another root directory")
-        for kind in ("mnt", "pid", "ipc", "uts", "user", "net", "cgroup", "pid_for_children"):
-            own = f"/proc/{self._first}/ns/{kind}"
-            if os.path.exists(own) and os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(own):
+        for kind, own in self._namespaces.items():
+            if os.readlink(f"/proc/{pid}/ns/{kind}") != own:
                 problems.append(f"has a namespace of its own ({kind})")
         self.descriptors[pid] = []
         problems += self._of_descriptors(pid)
         self.problems += [f"{name} {problem}" for problem in problems]
-        signals = [process_files.status(tid).get("SigPnd", "0") for tid in (pid, *threads)]
-        signals.append(status.get("ShdPnd", "0"))
+        signals = [process_files.status(tid).get("SigPnd", "0") for tid in threads]
+        signals += [status.get("SigPnd", "0"), status.get("ShdPnd", "0")]
         if any(int(text, 16) for text in signals):
             self.passing.append(f"{name} has a pending signal")
         self.processes.append(Found(pid, number, parent, session, group, comm(pid), status, memory, mapped,
@@ -379,6 +388,11 @@ def _stat(pid: int) -> list[str]:
         return file.read().rpartition(b")")[2].decode().split()
 
 
+def parent(pid: int) -> int:
+    """The parent of a process, outside."""
+    return int(_stat(pid)[4 - 3])
+
+
 def comm(pid: int) -> str:
     """The name of a process, which may have any bytes."""
     with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -449,3 +463,60 @@ def same_file(pid: int, number: int, other: int, twin: int) -> bool:
 
 def _kcmp(pid: int, other: int, kind: int, first: int, second: int) -> bool:
     return int(_libc.syscall(*(ctypes.c_long(value) for value in (_KCMP, pid, other, kind, first, second)))) == 0
+
+
+# ---- unix sockets, as the kernel reports them (sock_diag) ----
+
+
+class UnixSocket(NamedTuple):
+    """A connected socket without a name. peer: the inode of its peer. waiting: bytes or messages that were not read."""
+
+    kind: int
+    peer: int
+    waiting: int
+
+
+class UnixSockets:
+    """The sockets of the network namespace of a process."""
+
+    def __init__(self, pid: int) -> None:
+        """OSError."""
+        own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            theirs = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                kernel.setns(theirs, kernel.CLONE_NEWNET)
+                try:
+                    self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _SOCK_DIAG)
+                finally:
+                    kernel.setns(own, kernel.CLONE_NEWNET)
+            finally:
+                os.close(theirs)
+        finally:
+            os.close(own)
+        self._sock.settimeout(_SOCKET_PATIENCE)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def get(self, inode: int) -> UnixSocket | None:
+        """A connected socket that is one end of a pair; None for any other. OSError."""
+        body = struct.pack("=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, _SHOW, _ANY_COOKIE, _ANY_COOKIE)
+        self._sock.send(struct.pack("=IHHII", 16 + len(body), _BY_FAMILY, _REQUEST, 0, 0) + body)
+        data = self._sock.recv(4096)
+        if len(data) < 32 or struct.unpack_from("=H", data, 4)[0] == _ERROR:
+            return None  # not of this family, or closed
+        _, kind, status, _, number = struct.unpack_from("=BBBBI", data, 16)
+        found: dict[int, bytes] = {}
+        place = 32
+        while place + 4 <= len(data):
+            length, attribute = struct.unpack_from("=HH", data, place)
+            if length < 4:
+                break
+            found[attribute] = data[place + 4 : place + length]
+            place += (length + 3) & ~3
+        if number != inode or status != _ESTABLISHED or _PEER not in found or found.get(_NAME):
+            return None
+        if any(found.get(_SHUTDOWN, b"")):
+            return None
+        return UnixSocket(kind, struct.unpack("=I", found[_PEER])[0], struct.unpack_from("=I", found[_QUEUES])[0])

@@ -12,6 +12,7 @@ library only.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
 import signal
@@ -44,21 +45,25 @@ _THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # CLONE_VM, FS, FIL
 
 
 class Places(NamedTuple):
-    """What the new process has already. special: its mappings of the kernel. filter: a packed system call filter.
+    """What each new process has already. special: its mappings of the kernel. filter: a packed system call filter.
     limits: the resource limits of pid 1."""
 
     special: Sequence[Mapping]
     memory: Reserved
-    rseq: Sequence[int]
     filter: bytes
     limits: Sequence[tuple[int, int]]
 
 
-def plan(waiting: Waiting, tree: Tree, places: Places) -> Table:
-    """The table of a process. Failed."""
+def own_special() -> list[Mapping]:
+    """The mappings of the kernel in this process, and in its forks. OSError."""
+    return [each for each in address_space.mappings(os.getpid()) if each.is_special]
+
+
+def plan(waiting: Waiting, tree: Tree, places: Places, rseq: Sequence[int]) -> Table:
+    """The table of a process. rseq: of the new one. Failed."""
     one, table = waiting.process, Table(places.memory.room)
-    if places.rseq[1]:
-        table.call("rseq", places.rseq[0], places.rseq[1], _RSEQ_UNREGISTER, places.rseq[3])
+    if rseq[1]:
+        table.call("rseq", rseq[0], rseq[1], _RSEQ_UNREGISTER, rseq[3])
     table.call("close_range", 0, waiting.lowest - 1, 0)
     if one.group != one.pid:
         table.call("setpgid", 0, one.group)
@@ -153,6 +158,7 @@ def _identity(table: Table, one: Process) -> None:
     table.call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+@functools.cache
 def _last_capability() -> int:
     with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
         return min(_CAP_LAST, int(file.read()))
@@ -255,13 +261,15 @@ class Rebuilt:
         self._first = Traced(waiting.outside)
         self._threads: list[Traced] = []
 
-    def build(self, tree: Tree, memory: Reserved, program: bytes, first: int, choose: Callable[[int], None]) -> None:
-        """program: the system call filter. first: pid 1 of its sandbox. choose: gives the next new thread a number.
-        OSError, Failed: then it has to be killed."""
+    def begin(self, tree: Tree, places: Places) -> None:
+        """Have it begin to execute its table. OSError, Failed: then it has to be killed."""
+        table = plan(self._waiting, tree, places, capture.rseq_of(self._first.tid))
+        self._first.begin(table, places.memory.room)
+
+    def build(self, memory: Reserved, choose: Callable[[int], None]) -> None:
+        """After `begin`. choose: gives the next new thread a number. OSError, Failed: then it has to be killed."""
         pid, one = self._first.tid, self._waiting.process
-        own = [each for each in address_space.mappings(pid) if each.is_special]
-        places = Places(own, memory, capture.rseq_of(pid), program, capture.limits(first))
-        self._first.execute(plan(self._waiting, tree, places), memory.room)
+        self._first.end()
         for run in one.runs:
             if not is_parked(mapping_of(one, run.start)):
                 write(self._first.memory, memory.view(run.place, run.end - run.start), run.start)

@@ -17,17 +17,19 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as Dictionary
 from typing import Any
 
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import kernel, ptrace, seccomp, switch
-from rock.runtime.namespace.processes import capture, rebuild, starting, state, traced
-from rock.runtime.namespace.processes.address_space import TooMany
+from rock.runtime.namespace.processes import capture, injected, rebuild, starting, state, traced
+from rock.runtime.namespace.processes.address_space import Mapping, TooMany
 from rock.runtime.namespace.processes.capture import Reserved
 from rock.runtime.namespace.processes.inventory import MOST_PROCESSES
 
-_PATIENCE = 10.0  # seconds in which the state and the pages have to be taken
+_PATIENCE = 10.0  # seconds in which the state and the pages have to be taken while the processes are stopped
+_LONG_PATIENCE = 300.0  # seconds in which the pages have to be taken while the processes continue
 _REAPED_WITHIN = 5.0  # seconds
 _WALL = 0x40000000
 _BUFFER = 1 << 17
@@ -45,6 +47,9 @@ class Template:
         self._switch = switch
         self._tree: state.Tree | None = None
         self._memory: Reserved | None = None
+        self._special: Sequence[Mapping] = ()
+        self._taken: tuple[str, state.Tree, capture.Pages] | None = None  # not complete
+        self._finished: dict[str, Any] = {}
         self._filter = seccomp.build()
 
     def run(self, request: dict[str, Any]) -> None:
@@ -62,7 +67,10 @@ class Template:
             socket.send_fds(self._sock, [data], extra)
             for fd in extra:
                 os.close(fd)
-            if self._tree is None:
+            if self._taken is not None:  # the processes continue
+                self._finished = self._finish(*self._taken)
+                self._taken = None
+            elif self._tree is None:
                 return
             packet, fds = receive_packet(self._sock, buffer)
             if not packet:
@@ -73,6 +81,8 @@ class Template:
         try:
             if request["op"] == "take":
                 return self._take(request)
+            if request["op"] == "finish":
+                return self._finished
             if self._tree is None:
                 self._load(request["folder"])
             return self._start(request, fds)
@@ -90,46 +100,57 @@ class Template:
     # ---- take ----
 
     def _take(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Take processes, pages and files of a sandbox at one moment; then store them beside the files."""
+        """Take processes and files of a sandbox at one moment, and the pages, or duplicates that have them."""
         taken: list[tuple[state.Tree, capture.Pages]] = []
-        end = time.monotonic() + _PATIENCE
-
-        def check() -> None:
-            if time.monotonic() > end:
-                raise capture.Refused(f"the processes cannot be read in {_PATIENCE:g} s")
 
         def between(stopped: ptrace.Stopped) -> None:
             if request["dry"]:
                 capture.inspect(stopped, request["pid"], request["programs"])
                 raise capture.Refused
-            taken.append(capture.capture(stopped, request["pid"], request["programs"], request["most"], check,
-                                         prepared))  # fmt: skip
+            taken.append(capture.capture(stopped, request["pid"], request["programs"], request["most"],
+                                         request["limit"], check, prepared))  # fmt: skip
             if os.getppid() != self._launcher:  # the server will not record a switch
                 raise capture.Refused("the launcher has ended")
 
-        prepared = None if request["dry"] else _prepared(request["pid"], request["most"])
+        prepared = None if request["dry"] else _prepared(request["pid"], request["most"], request["limit"])
+        check = _within(_PATIENCE)
         try:
             with _lock(request["slot"]):
                 reply = self._switch(request, between)
+        except BaseException:
+            for _, pages in taken:
+                pages.let_go()
+            raise
         finally:
             if prepared is not None:
                 prepared.close()
-        tree, pages = taken[0]
-        folder = request["frozen"]
+        [(tree, pages)] = taken
+        self._taken = request["frozen"], tree, pages
+        return {**reply, "copied": len(tree.processes), "bytes": tree.bytes,
+                "keys": [one.key for one in tree.programs]}
+
+    def _finish(self, folder: str, tree: state.Tree, pages: capture.Pages) -> dict[str, Any]:
+        """Read the pages of the duplicates, and store all beside the files, which are switched."""
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+        try:
+            pages.complete(_within(_LONG_PATIENCE))
+        except injected.Vanished:
+            return {"vanished": "processes of the sandbox ended the copy of its memory, or it exceeded a limit"}
+        except (capture.Refused, OSError) as error:
+            return {"vanished": str(error)}
         try:
             write_pages(f"{folder}/{state.PAGES}", tree, pages.memory)
             state.write(folder, tree)
-        except OSError as error:  # the files are switched
-            return {**reply, "failed": error.strerror or str(error), "errno": error.errno or 0}
+        except OSError as error:
+            return {"failed": error.strerror or str(error), "errno": error.errno or 0}
         self._hold(tree, pages.memory)
-        return {**reply, "copied": len(tree.processes), "bytes": tree.bytes,
-                "keys": [one.key for one in tree.programs]}
+        return {"finished": len(tree.processes)}
 
     def _hold(self, tree: state.Tree, memory: Reserved) -> None:
         memory.keep_shared()
         traced.prepare_room(memory)
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
-        self._tree, self._memory = tree, memory
+        self._tree, self._memory, self._special = tree, memory, rebuild.own_special()
 
     def _load(self, folder: str) -> None:
         """Read the state of an earlier template. Damaged, OSError."""
@@ -157,8 +178,11 @@ class Template:
             waiting = starting.start(tree, target, descriptors.found, reading, memory.address, entrant)
             for one in waiting:
                 made.append(rebuild.Rebuilt(one))
+            places = rebuild.Places(self._special, memory, self._filter, capture.limits(target.pid))
+            for each in made:  # the kernel works for one while the table of the next is made
+                each.begin(tree, places)
             for each in made:
-                each.build(tree, memory, self._filter, target.pid, entrant.choose)
+                each.build(memory, entrant.choose)
             entrant.close()
             for each in reversed(made):
                 each.go()
@@ -177,12 +201,23 @@ class Template:
         return {"started": len(made), "seconds": time.monotonic() - began}
 
 
-def _prepared(first: int, most: int) -> capture.Prepared | None:
+def _within(seconds: float) -> Callable[[], None]:
+    """A function that raises Refused when the time is over."""
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise capture.Refused(f"the processes cannot be read in {seconds:g} s")
+
+    return check
+
+
+def _prepared(first: int, most: int, limit: int) -> capture.Prepared | None:
     """Memory for the processes below pid 1, which still run. None if it cannot be prepared: the pause is then longer,
     and a real problem is found in it."""
     try:
         pids = switch.descendants([first])
-        return capture.Prepared(pids, most) if len(pids) <= MOST_PROCESSES else None
+        return capture.Prepared(pids, most, first, limit) if len(pids) <= MOST_PROCESSES else None
     except (capture.TooLarge, TooMany, OSError, ValueError):
         return None
 
@@ -230,7 +265,7 @@ class Descriptors:
         self.found: dict[int, int] = {}
         self._own: list[int] = []
 
-    def make(self, streams: Mapping[tuple[str, str], int]) -> None:
+    def make(self, streams: Dictionary[tuple[str, str], int]) -> None:
         """streams: the ends of pipes to pid 1, by key and name. Failed, OSError."""
         ends: dict[tuple[int, bool], int] = {}
         for index, one in enumerate(self._tree.descriptions):

@@ -17,12 +17,9 @@ from rock.runtime.namespace.launcher import ptrace
 from rock.runtime.namespace.processes import capture
 from rock.runtime.namespace.processes.address_space import PAGE
 from rock.runtime.namespace.processes.capture import NUMBERS, Reserved
+from rock.runtime.namespace.processes.injected import LOOP, ROW
 from rock.runtime.namespace.processes.starting import Failed
 
-# mov rax and the six arguments from [r12]; syscall; store rax; next row; stop at an error, or after r13 rows
-_LOOP = bytes.fromhex("498b0424 498b7c2408 498b742410 498b542418 4d8b542420 4d8b442428 4d8b4c2430 0f05 4989442438"
-                      "4983c440 483d01f0ffff 7305 49ffcd 75c6 cc")  # fmt: skip
-_ROW = 64
 _UNWRITTEN = 1 << 40
 PRSTATUS, XSTATE = 1, 0x202
 _CONT, _SINGLESTEP, _DETACH, _SEIZE, _INTERRUPT, _GETEVENTMSG = 7, 9, 17, 0x4206, 0x4207, 0x4201
@@ -39,7 +36,7 @@ _CHUNK = 1 << 20
 def prepare_room(memory: Reserved) -> None:
     """Map the room in this process, whose copies then have it. OSError."""
     capture.map_fixed(memory.room, Reserved.ROOM, 3)
-    ctypes.memmove(memory.room, _LOOP, len(_LOOP))
+    ctypes.memmove(memory.room, LOOP, len(LOOP))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mprotect(ctypes.c_void_p(memory.room), ctypes.c_size_t(PAGE), 5) < 0:
         raise OSError(ctypes.get_errno(), "the room cannot be made executable")
@@ -87,8 +84,8 @@ class Table:
         write(memory, bytes(self._data), self._room + Reserved.ROOM // 2)
 
     def results(self, memory: int) -> list[int]:
-        data = os.pread(memory, _ROW * len(self.rows), self._room + PAGE)
-        if len(data) != _ROW * len(self.rows):
+        data = os.pread(memory, ROW * len(self.rows), self._room + PAGE)
+        if len(data) != ROW * len(self.rows):
             raise Failed("a process ended while it was rebuilt")
         return [found[7] for found in struct.iter_unpack("=8q", data)]
 
@@ -106,6 +103,7 @@ class Traced:
         self.tid = tid
         self.memory = memory
         self.cloned = 0  # the thread that the last table has started, outside
+        self._table: Table | None = None  # in execution
         if memory < 0:
             ptrace.call(_SEIZE, tid, 0, _EXITKILL | _TRACECLONE)
             ptrace.call(_INTERRUPT, tid)
@@ -117,9 +115,20 @@ class Traced:
 
     def execute(self, table: Table, room: int) -> list[int]:
         """Execute a table; returns the results. Failed."""
+        self.begin(table, room)
+        return self.end()
+
+    def begin(self, table: Table, room: int) -> None:
+        """Begin to execute a table. Failed."""
         table.write(self.memory)
         self._set({RIP: room, _R12: room + PAGE, _R13: len(table.rows), ORIG_RAX: WORD})
+        self._table = table
         ptrace.call(_CONT, self.tid)
+
+    def end(self) -> list[int]:
+        """Wait until the table is executed; returns the results. Failed."""
+        table, self._table = self._table, None
+        assert table is not None
         status = self._wait()
         if status >> 8 == signal.SIGTRAP | _EVENT_CLONE << 8:
             message = ctypes.c_ulong()
