@@ -29,6 +29,7 @@ from rock.runtime.namespace.slots import Sandbox, Slots
 from rock.runtime.pools import FirstProgram
 
 _LEASE_KEPT = 2.0  # seconds
+_AT_ONCE = 64  # requests with descriptors that the launcher has at a time; it serves one after the other
 _STOCKED_AFTER = 0.01  # seconds
 _SPARES = 8  # run folders and user namespaces that are prepared in advance
 
@@ -55,6 +56,7 @@ class Factory:
         self._disks = disks
         self._images = images
         self._leases: dict[str, Lease] = {}
+        self._gate = asyncio.Semaphore(_AT_ONCE)
         self._stocking: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
@@ -102,19 +104,19 @@ class Factory:
         streams: FirstStreams | None = None
         try:
             program = self._program(kind, config) if kept is None and not layers and not mounted else None
-            if program is not None:
-                streams = FirstStreams()
             if kept is None:
                 self._place(slot)
             if config.disk is not None:
                 await self._disks.prepare(str(slots.run_dir / slot), config)
-            lease = self._lease(kind)
             spec = {**self.spec(slot, base, kind, config, layers), "woken": kept is not None,
-                    "identity": list(identity), "folders": [_folder_spec(one) for one in mounted], "program": program,
-                    "leased": lease is not None}
+                    "identity": list(identity), "folders": [_folder_spec(one) for one in mounted], "program": program}
             await faults.point("namespace.placed")
-            fds = streams.fds if streams is not None else []
-            reply = await slots.launcher.request("create", spec, [*fds, lease.fd] if lease else fds)
+            if program is None:
+                reply = await self._request(spec, kind, [])
+            else:
+                async with self._gate:
+                    streams = FirstStreams()
+                    reply = await self._request(spec, kind, streams.fds)
             if "error" in reply:
                 if reply.get("errno") == errno.ESRCH:
                     raise _ZygoteEnded(f"the sandbox could not be made: {reply['error']}", hint="retry")
@@ -143,6 +145,11 @@ class Factory:
             slots.making.discard(slot)
             if streams is not None:
                 streams.close()
+
+    async def _request(self, spec: dict[str, Any], kind: Kind, fds: list[int]) -> dict[str, Any]:
+        lease = self._lease(kind)
+        spec["leased"] = lease is not None
+        return await self._slots.launcher.request("create", spec, fds if lease is None else [*fds, lease.fd])
 
     def _program(self, kind: Kind, config: SandboxConfig) -> dict[str, Any] | None:
         """What the launcher needs to know of the first program. None where only pid 1 can start it."""

@@ -307,18 +307,21 @@ def _descriptors(constants: Constants, keep: set[int]) -> list[tuple[int, ...]]:
     return calls
 
 
+_STREAMS = 8  # of the first program, both ends
+
+
 def pack_note(fds: Descriptors, server: int) -> bytes:
     """Pack the data for pid 1: its descriptors and the server's user id as seen inside."""
-    held = fds.streams[len(fds.streams) // 2 :]
-    return struct.pack("6q5q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages, len(held),
-                       *held, *([-1] * (4 - len(held))))
+    streams = [*fds.streams, *([-1] * (_STREAMS - len(fds.streams)))]
+    return struct.pack("15q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages, fds.connection,
+                       *streams)
 
 
 def live(note: bytes, failed: int, sweep: PageSharing | None, first: First | None) -> None:
     """Continue in Python after the calls, as pid 1; never returns. `failed`: index of the failed call, or -1. `first`:
     what it did before it had work."""
-    listener, ready, server, *sockets, pages = struct.unpack_from("6q", note)
-    count, *held = struct.unpack_from("5q", note, 48)
+    listener, ready, server, *found = struct.unpack_from("15q", note)
+    sockets, pages, connection, streams = found[:2], found[2], found[3], found[4:]
     if failed >= 0:
         os.write(ready, json.dumps({"row": failed}).encode())
         os._exit(1)
@@ -328,7 +331,10 @@ def live(note: bytes, failed: int, sweep: PageSharing | None, first: First | Non
         if sweep is not None:
             one.share(sweep, pages)
         if first is not None:
-            one.take_over(first.pid, held[:count], first.connection)
+            one.take_over(first.pid, streams[_STREAMS // 2 :], first.connection)
+        elif connection >= 0:  # the server starts the program, and connects
+            for fd in (connection, *streams):
+                os.close(fd)
         gc.freeze()
         if first is None:
             os.write(ready, b"{}")
