@@ -93,9 +93,9 @@ def close_on_exec_from(lowest: int) -> None:
                     pass
 
 
-def open_plain(path: str, flags: int = os.O_PATH) -> int:
-    """A descriptor, resolved without magic links of /proc: OSError ELOOP where there is one."""
-    flags |= os.O_CLOEXEC
+def open_plain(path: str, flags: int | None = None) -> int:
+    """A descriptor, by default of O_PATH, resolved without magic links of /proc: OSError ELOOP where there is one."""
+    flags = (os.O_PATH if flags is None else flags) | os.O_CLOEXEC
     how = struct.pack("=QQQ", flags, 0, _NO_MAGIC_LINKS)
     fd = int(_syscall(ctypes.c_long(_OPENAT2), ctypes.c_long(_AT_FDCWD), ctypes.c_char_p(os.fsencode(path)),
                       ctypes.c_char_p(how), ctypes.c_long(len(how))))
