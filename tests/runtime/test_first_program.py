@@ -20,6 +20,7 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.commands.session import DEFAULT
 from rock.rocklet.commands.shell_process import first_program
 from rock.runtime.base import ExitStatus, Handle, Process
+from rock.runtime.init.link import InitProcess
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import Box, HandMade, run
 from tests.waiting import until
@@ -56,10 +57,20 @@ async def sandbox(runtime: NamespaceRuntime, **fields: Any) -> AsyncIterator[tup
         await runtime.destroy(handle)
 
 
-def waits(handle: Handle) -> bool:
-    """Whether its pid 1 waits in compiled code, which polls; its Python uses epoll."""
-    number = Path(f"/proc/{handle.data['pid']}/syscall").read_text().split()[0]
-    return number == {"x86_64": "271", "aarch64": "73"}[os.uname().machine]
+_POLLS = {"x86_64": ("271", "232"), "aarch64": ("73", "22")}  # ppoll of compiled code, epoll_wait of Python
+
+
+async def waits(handle: Handle) -> bool:
+    """Whether its pid 1 waits in compiled code, or else in Python; once it does one of them."""
+    found = ""
+
+    def at_rest() -> bool:
+        nonlocal found
+        found = Path(f"/proc/{handle.data['pid']}/syscall").read_text().split()[0]
+        return found in _POLLS[os.uname().machine]
+
+    await asyncio.to_thread(until, at_rest)
+    return found == _POLLS[os.uname().machine][0]
 
 
 async def said(process: Process, script: str, last: str = "end") -> str:
@@ -85,9 +96,9 @@ def test_pid_1_waits_until_it_has_work(tmp_path: Path) -> None:
         async with opened(tmp_path) as (runtime, _), sandbox(runtime) as (handle, process):
             assert process is not None
             assert await said(process, "echo $$ $PPID $SHELL; echo end") == "2 1 /bin/bash\nend\n"
-            assert waits(handle)
+            assert await waits(handle)
             assert (await runtime.stat(handle, "/etc/passwd")).kind == "file"
-            assert not waits(handle)
+            assert not await waits(handle)
             assert await runtime.processes(handle) == [KEY]
             again = await runtime.attach(handle, KEY)
             assert again.pid == process.pid
@@ -128,12 +139,17 @@ def test_its_end_is_reported(connected: bool, tmp_path: Path) -> None:
             if connected:
                 assert await asyncio.wait_for(process.wait(), 20) == ExitStatus(code=3)
             else:
-                await asyncio.to_thread(until, lambda: not waits(handle))
+                while await waits(handle):
+                    await asyncio.sleep(0.01)
                 again = await runtime.attach(handle, KEY)
                 assert await asyncio.wait_for(again.wait(), 20) == ExitStatus(code=3)
                 again.close()
 
     run(main())
+
+
+def _sockets(handle: Handle) -> int:
+    return sum(link.startswith("socket:") for link in descriptors(handle))
 
 
 def test_the_next_server_finds_it(tmp_path: Path) -> None:
@@ -143,12 +159,39 @@ def test_the_next_server_finds_it(tmp_path: Path) -> None:
         async with opened(tmp_path) as (runtime, _), sandbox(runtime) as (handle, process):
             assert process is not None
             await said(process, "kept=1; echo end")
+            before = _sockets(handle)
             runtime._slots.let_go_of_all()
-            await asyncio.sleep(0.05)
-            assert waits(handle)
+            await asyncio.to_thread(until, lambda: _sockets(handle) == before - 1)
+            assert await waits(handle)
             again = await runtime.attach(handle, KEY)
             assert await said(again, "echo $kept; echo end") == "1\nend\n"
             again.close(forget=False)
+
+    run(main())
+
+
+@pytest.mark.parametrize("awake", [False, True])
+def test_streams_of_an_idle_session_are_watched(awake: bool, tmp_path: Path) -> None:
+    """Without waking pid 1, and by pid 1 when something else wakes it meanwhile."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as (runtime, _), sandbox(runtime) as (handle, process):
+            assert isinstance(process, InitProcess) and process.reopens
+            assert process.stdin is not None
+            stdin = os.dup(process.stdin)
+            changed = asyncio.Event()
+            await process.close_streams(changed.set)
+            assert await waits(handle) and not changed.is_set() and process.stdout is None
+            if awake:
+                assert (await runtime.stat(handle, "/tmp")).kind == "directory"
+                assert not await waits(handle) and not changed.is_set()
+            os.write(stdin, b"echo late\n")
+            os.close(stdin)
+            await asyncio.wait_for(changed.wait(), 20)
+            assert await waits(handle) is not awake
+            await process.reopen_streams()
+            assert not await waits(handle)
+            assert await said(process, "echo end") == "late\nend\n"
 
     run(main())
 

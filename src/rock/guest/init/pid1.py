@@ -120,12 +120,14 @@ class Init(Loop):
 
         self.rest = rest
 
-    def take_over(self, pid: int, held: list[int], connection: int) -> None:
+    def take_over(self, pid: int, held: list[int], connection: int, watching: bool) -> None:
         """Take over what was started before there was work: the session's shell (a negative pid: it did not start), the
-        descriptors that are retained for its streams, and a connection, or -1."""
+        descriptors that are retained for its streams, a connection, or -1, and the watch of the streams."""
         if pid > 0:
             shell = self.programs[pid] = programs.Program(pid, programs.FIRST_KEY, True, False)
             shell.held = dict(zip(programs.FIRST_STREAMS, held, strict=True))
+            if watching:
+                self._watch_streams(shell)
         else:
             for fd in held:
                 os.close(fd)
@@ -313,8 +315,10 @@ class Init(Loop):
     def do_watch_streams(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         """Watch the streams of a kept program for a server that closes its copies: the first output or end of file is
         reported once. `attach` ends it."""
-        program = self._kept(str(request.get("key")))
+        self._watch_streams(self._kept(str(request.get("key"))))
+        self.answer(connection, number, {}, [])
 
+    def _watch_streams(self, program: programs.Program) -> None:
         def report() -> None:
             self._unwatch_streams(program)
             self.tell({"event": "readable", "pid": program.pid})
@@ -322,7 +326,6 @@ class Init(Loop):
         for fd in program.held.values():
             if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
                 self.watch(fd, report)
-        self.answer(connection, number, {}, [])
 
     def _unwatch_streams(self, program: programs.Program) -> None:
         for fd in program.held.values():

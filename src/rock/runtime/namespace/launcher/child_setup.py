@@ -311,7 +311,8 @@ _STREAMS = 8  # of the first program, both ends
 
 
 def pack_note(fds: Descriptors, server: int) -> bytes:
-    """Pack the data for pid 1: its descriptors and the server's user id as seen inside."""
+    """Pack the data for pid 1: its descriptors and the server's user id as seen inside. native/zygote.c reads the last
+    three, the output of the first program."""
     streams = [*fds.streams, *([-1] * (_STREAMS - len(fds.streams)))]
     return struct.pack("15q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages, fds.connection,
                        *streams)
@@ -331,7 +332,7 @@ def live(note: bytes, failed: int, sweep: PageSharing | None, first: First | Non
         if sweep is not None:
             one.share(sweep, pages)
         if first is not None:
-            one.take_over(first.pid, streams[_STREAMS // 2 :], first.connection)
+            one.take_over(first.pid, streams[_STREAMS // 2 :], first.connection, bool(first.watching))
         elif connection >= 0:  # the server starts the program, and connects
             for fd in (connection, *streams):
                 os.close(fd)

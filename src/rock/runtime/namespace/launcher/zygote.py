@@ -30,7 +30,7 @@ from rock.runtime.namespace.launcher.snapshot import Snapshot
 AREA = 16_384
 _AREAS = 32
 _HEAD = 96  # bytes, struct area in native/zygote.c
-_CONTROL = 176  # bytes, struct control there
+_CONTROL = 184  # bytes, struct control there
 _WAITED = 1  # see there
 _ROW = 64  # bytes: number, six arguments, result; before the call, whether it is required
 NOTE = 128  # bytes at the end of an area, for data for the child
@@ -120,10 +120,11 @@ def _failed(area: Area) -> int:
 
 class First(NamedTuple):
     """What a child did before it had work. pid: of its first program, or a negative errno. connection: of the server;
-    -1: there is none."""
+    -1: there is none. watching: whether the server waits for output of the program."""
 
     pid: int
     connection: int
+    watching: int
 
 
 class Zygote:
@@ -280,7 +281,7 @@ class Zygote:
 
     def _wake(self) -> None:
         """In a child that waited beside its first program: call `live`."""
-        first = First(*struct.unpack_from("2q", self._control, 32))
+        first = First(*struct.unpack_from("3q", self._control, 32))
         self._live(self._control.raw[_CONTROL - NOTE :], -1, self._whole_sweep(), first)
 
     def _whole_sweep(self) -> PageSharing | None:
