@@ -57,20 +57,19 @@ async def sandbox(runtime: NamespaceRuntime, **fields: Any) -> AsyncIterator[tup
         await runtime.destroy(handle)
 
 
-_POLLS = {"x86_64": ("271", "232"), "aarch64": ("73", "22")}  # ppoll of compiled code, epoll_wait of Python
+_POLLS = {"x86_64": ("271", "232"), "aarch64": ("73", "22")}[os.uname().machine]
+
+
+def at_rest(handle: Handle) -> str:
+    """Where its pid 1 waits: "compiled" code (ppoll) or "Python" (epoll_wait); "" while it works."""
+    number = Path(f"/proc/{handle.data['pid']}/syscall").read_text().split()[0]
+    return dict(zip(_POLLS, ("compiled", "Python"), strict=True)).get(number, "")
 
 
 async def waits(handle: Handle) -> bool:
-    """Whether its pid 1 waits in compiled code, or else in Python; once it does one of them."""
-    found = ""
-
-    def at_rest() -> bool:
-        nonlocal found
-        found = Path(f"/proc/{handle.data['pid']}/syscall").read_text().split()[0]
-        return found in _POLLS[os.uname().machine]
-
-    await asyncio.to_thread(until, at_rest)
-    return found == _POLLS[os.uname().machine][0]
+    """Whether it waits in compiled code, once it waits."""
+    await asyncio.to_thread(until, lambda: at_rest(handle) != "")
+    return at_rest(handle) != "Python"
 
 
 async def said(process: Process, script: str, last: str = "end") -> str:
@@ -139,8 +138,7 @@ def test_its_end_is_reported(connected: bool, tmp_path: Path) -> None:
             if connected:
                 assert await asyncio.wait_for(process.wait(), 20) == ExitStatus(code=3)
             else:
-                while await waits(handle):
-                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(until, lambda: at_rest(handle) == "Python")
                 again = await runtime.attach(handle, KEY)
                 assert await asyncio.wait_for(again.wait(), 20) == ExitStatus(code=3)
                 again.close()
