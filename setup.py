@@ -44,7 +44,7 @@ def extensions() -> list[Extension]:
     here = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
     if not here or os.environ.get("ROCK_NO_EXTENSIONS"):
         return []
-    return [Extension(LIBRARY, SOURCES, depends=["native/syscall.h"], extra_compile_args=COMPILE,
+    return [Extension(LIBRARY, SOURCES, depends=["native/syscall.h", "native/child.h"], extra_compile_args=COMPILE,
                       extra_link_args=LINK, optional=True)]  # fmt: skip
 
 

@@ -14,17 +14,29 @@
 #if defined(__x86_64__) && defined(__LP64__)
 #define CALL_READ 0
 #define CALL_WRITE 1
+#define CALL_CLOSE 3
+#define CALL_MUNMAP 11
 #define CALL_RT_SIGPROCMASK 14
 #define CALL_PREAD64 17
 #define CALL_MADVISE 28
+#define CALL_SENDTO 44
+#define CALL_RECVFROM 45
 #define CALL_CLONE 56
 #define CALL_EXIT_GROUP 231
+#define CALL_PPOLL 271
+#define CALL_SIGNALFD4 289
 #elif defined(__aarch64__) && defined(__LP64__)
+#define CALL_CLOSE 57
 #define CALL_READ 63
 #define CALL_WRITE 64
 #define CALL_PREAD64 67
+#define CALL_PPOLL 73
+#define CALL_SIGNALFD4 74
 #define CALL_EXIT_GROUP 94
 #define CALL_RT_SIGPROCMASK 135
+#define CALL_SENDTO 206
+#define CALL_RECVFROM 207
+#define CALL_MUNMAP 215
 #define CALL_CLONE 220
 #define CALL_MADVISE 233
 #else

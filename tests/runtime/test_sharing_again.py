@@ -76,7 +76,7 @@ def gone_and_back(sweep, pages):
         assert libc.mmap(page, PAGE, 3, 0x32, -1, 0) == page
         ctypes.memmove(page, same, PAGE)
 
-def live(note, failed, sweep):
+def live(note, failed, sweep, first):
     told = {"failed": failed, "swept": sweep is not None}
     try:
         if sweep is not None and failed < 0:

@@ -39,7 +39,7 @@ from rock.rocklet.snapshots import Snapshots
 from rock.rocklet.state import StateDirectory
 from rock.rocklet.volumes import HostFolders, Volumes
 from rock.runtime.base import Handle, Liveness, Runtime
-from rock.runtime.pools import Pools, Prepared
+from rock.runtime.pools import Pools, Prepared, StartsFirst
 
 log = logging.getLogger("rock.node")
 
@@ -205,6 +205,7 @@ class Node:
         supervisor.begin_idle()
         self._used.note(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
+        supervisor.sessions.first = runtime.started(handle) if isinstance(runtime, StartsFirst) else None
         if not isinstance(ahead, Session) or not supervisor.sessions.claim(ahead):
             self._spawn(self._open_default(supervisor, ahead))
         return supervisor

@@ -10,6 +10,8 @@ from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.rocklet.commands.registry import open_ahead
+from rock.rocklet.commands.session import DEFAULT
+from rock.rocklet.commands.shell_process import first_program
 from rock.rocklet.images.store import Fetching, Images
 from rock.runtime.base import (
     Accelerates,
@@ -24,7 +26,7 @@ from rock.runtime.base import (
     Trait,
 )
 from rock.runtime.plugins import BrokenRuntime
-from rock.runtime.pools import Pools
+from rock.runtime.pools import Pools, StartsFirst
 
 log = logging.getLogger("rock.node")
 
@@ -56,6 +58,8 @@ class Runtimes:
     async def _open(self, runtime: Runtime) -> None:
         if isinstance(runtime, Pools):
             runtime.prepare = functools.partial(open_ahead, runtime)
+        if isinstance(runtime, StartsFirst):
+            runtime.first = first_program(DEFAULT)
         if isinstance(runtime, Mounts):
             runtime.mount_source = self.mount_source
         try:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
-from rock.runtime.base import Capability, Handle
+from rock.runtime.base import Capability, Handle, Process, Program
 
 
 class Prepared(Protocol):
@@ -89,4 +89,25 @@ class Pools(Protocol, metaclass=Capability):
 
     def prepared(self, handle: Handle) -> Prepared | None:
         """The result of `prepare` for the sandbox with this handle. The caller owns it afterwards."""
+        ...
+
+
+class FirstProgram(NamedTuple):
+    """A program that a runtime starts together with each new sandbox. paths: the first of them that the image has is
+    its path, argv[0] and SHELL."""
+
+    paths: Sequence[str]
+    program: Program
+
+
+@runtime_checkable
+class StartsFirst(Protocol, metaclass=Capability):
+    """The runtime can start a program together with a sandbox, before its user asks for it."""
+
+    first: FirstProgram | None
+    """The program; it is kept, and runs as the user of the sandbox, in its environment and its working directory."""
+
+    def started(self, handle: Handle) -> tuple[str, Process] | None:
+        """The path and the process of the first program of a sandbox, once. None where it was not started: the user
+        starts it. The caller owns the process."""
         ...

@@ -19,7 +19,7 @@ import signal
 import struct
 
 NAME = "librocknative.so"
-_VERSION = 1  # rock_native_version in native/program.c: an editable installation may have an older library
+_VERSION = 2  # rock_native_version in native/program.c: an editable installation may have an older library
 _NUMBERS = {
     "x86_64": {"rt_sigaction": 13, "rt_sigprocmask": 14, "ioctl": 16, "dup3": 292, "setsid": 112, "prctl": 157,
                "setgroups": 116, "setresuid": 117, "setresgid": 119, "prlimit64": 302, "chdir": 80, "execve": 59},
@@ -28,10 +28,10 @@ _NUMBERS = {
 }
 _NUMBER = _NUMBERS.get(platform.machine(), {})
 MACHINES = frozenset(_NUMBERS)  # supported architectures of the library
-_SETMASK, _TIOCSCTTY, _PR_SET_CHILD_SUBREAPER, _RLIMIT_NOFILE = 2, 0x540E, 36, 7
+SETMASK, _TIOCSCTTY, PR_SET_CHILD_SUBREAPER, _RLIMIT_NOFILE = 2, 0x540E, 36, 7
 _STACK = 4096
 _UNWRITTEN = 1 << 40
-_HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ)
+HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ)
 _ROW = 64  # bytes, struct call in native/syscall.h: number, six arguments, result
 
 
@@ -58,10 +58,10 @@ class Table:
 
     def session(self, terminal: int | None) -> None:
         """Create a session and become a subreaper; with a terminal as the controlling one."""
-        for number in _HANDLED:
+        for number in HANDLED:
             self._call("rt_sigaction", number, ctypes.addressof(self._zeros), 0, 8)
         self._call("setsid")
-        self._call("prctl", _PR_SET_CHILD_SUBREAPER, 1)
+        self._call("prctl", PR_SET_CHILD_SUBREAPER, 1)
         if terminal is not None:
             self._call("ioctl", terminal, _TIOCSCTTY, 0)
 
@@ -83,7 +83,7 @@ class Table:
         self._call("chdir", self._point(os.fsencode(path)))
 
     def execute(self, path: str, argv: list[bytes], env: dict[bytes, bytes]) -> None:
-        self._call("rt_sigprocmask", _SETMASK, ctypes.addressof(self._zeros), 0, 8)
+        self._call("rt_sigprocmask", SETMASK, ctypes.addressof(self._zeros), 0, 8)
         words = self._strings(argv)
         variables = self._strings([key + b"=" + value for key, value in env.items()])
         self._call("execve", self._point(os.fsencode(path)), words, variables)

@@ -68,6 +68,7 @@ class Init(Loop):
         self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> requester, request id, deadline
         self.starting: dict[int, Callable[[], None]] = {}  # pid -> callback that completes its start
         self.stopping = False
+        self.untold: list[dict[str, Any]] = []  # the end of the first program, when there was no connection
         self.sockets: list[int] = []  # egress sockets, served by the proxy
         self.frozen = Freeze(self._handle)
         self.listening = Listening(self, self)
@@ -89,6 +90,7 @@ class Init(Loop):
             self.listener.setblocking(False)
             self.watch(self.listener.fileno(), self._accept)
         self.watch(wake_reader.fileno(), lambda: self._drain(wake_reader))
+        self.guard(self._reap)  # a first program may have ended already
         while not self.stopping:
             self.turn()
             self.guard(self._reap)
@@ -118,6 +120,20 @@ class Init(Loop):
 
         self.rest = rest
 
+    def take_over(self, pid: int, held: list[int], connection: int, watching: bool) -> None:
+        """Take over what was started before there was work: the session's shell (a negative pid: it did not start), the
+        descriptors that are retained for its streams, a connection, or -1, and the watch of the streams."""
+        if pid > 0:
+            shell = self.programs[pid] = programs.Program(pid, programs.FIRST_KEY, True, False)
+            shell.held = dict(zip(programs.FIRST_STREAMS, held, strict=True))
+            if watching:
+                self._watch_streams(shell)
+        else:
+            for fd in held:
+                os.close(fd)
+        if connection >= 0:
+            self._admit(socket.socket(fileno=connection))
+
     # ---- connections ----
 
     def _accept(self) -> None:
@@ -125,8 +141,10 @@ class Init(Loop):
             sock = self.listener.accept()[0] if self.listener is not None else None
         except OSError:
             return
-        if sock is None:
-            return
+        if sock is not None:
+            self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
         pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid != self.uid or (self.outside and pid != 0) or len(self.connections) >= _MOST_CONNECTIONS:
             sock.close()
@@ -138,6 +156,9 @@ class Init(Loop):
         connection = Connection(sock)
         self.connections.append(connection)
         self.watch(sock.fileno(), lambda: self._readable(connection))
+        untold, self.untold = self.untold, []
+        for event in untold:
+            self.tell(event)
 
     def _readable(self, connection: Connection) -> None:
         if connection.waiting and not connection.flush():
@@ -294,8 +315,10 @@ class Init(Loop):
     def do_watch_streams(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         """Watch the streams of a kept program for a server that closes its copies: the first output or end of file is
         reported once. `attach` ends it."""
-        program = self._kept(str(request.get("key")))
+        self._watch_streams(self._kept(str(request.get("key"))))
+        self.answer(connection, number, {}, [])
 
+    def _watch_streams(self, program: programs.Program) -> None:
         def report() -> None:
             self._unwatch_streams(program)
             self.tell({"event": "readable", "pid": program.pid})
@@ -303,7 +326,6 @@ class Init(Loop):
         for fd in program.held.values():
             if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
                 self.watch(fd, report)
-        self.answer(connection, number, {}, [])
 
     def _unwatch_streams(self, program: programs.Program) -> None:
         for fd in program.held.values():
@@ -515,7 +537,10 @@ class Init(Loop):
         program.ended = {"code": code} if code >= 0 else {"signal": -code}
         if not program.keep:
             del self.programs[program.pid]
-        self.tell({"event": "exit", "pid": program.pid, **program.ended})
+        event = {"event": "exit", "pid": program.pid, **program.ended}
+        if not self.connections and program.key == programs.FIRST_KEY:
+            self.untold = [event]
+        self.tell(event)
 
 
 def _kill_under(root: int) -> Generator[float, None, int]:

@@ -17,6 +17,10 @@ from rock.guest.init.link import CHANNEL_MEMORY, Fault, of_os_error
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HIGHEST_CHANNEL = 255
+OOM_SCORE = b"500"
+FIRST_KEY = "session:default"  # of a program that was started together with pid 1
+FIRST_STREAMS = ("stdin", "stdout", "197", "199")  # its streams
+FIRST_NUMBERS = ((0,), (1, 2), (197,), (199,))  # their descriptors in the program
 
 
 class Program:
@@ -231,7 +235,7 @@ def _raise_score(pid: int) -> None:
     except OSError:
         return
     try:
-        os.write(fd, b"500")
+        os.write(fd, OOM_SCORE)
     except OSError:
         pass
     finally:

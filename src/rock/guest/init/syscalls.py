@@ -52,9 +52,14 @@ def run_soon() -> None:
     """
     number = _SCHED_SETATTR.get(os.uname().machine)
     if number is not None:
-        nice = os.getpriority(os.PRIO_PROCESS, 0)
-        spec = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, _RESET_ON_FORK, nice, 0, _SLICE, 0, 0)
-        _syscall(ctypes.c_long(number), ctypes.c_long(0), ctypes.create_string_buffer(spec, 48), ctypes.c_long(0))
+        spec = ctypes.create_string_buffer(short_slices(), 48)
+        _syscall(ctypes.c_long(number), ctypes.c_long(0), spec, ctypes.c_long(0))
+
+
+def short_slices() -> bytes:
+    """The argument of sched_setattr for `run_soon`."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    return struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, _RESET_ON_FORK, nice, 0, _SLICE, 0, 0)
 
 
 def become_subreaper() -> None:
@@ -88,15 +93,16 @@ def close_on_exec_from(lowest: int) -> None:
                     pass
 
 
-def open_plain(path: str) -> int:
-    """An O_PATH descriptor, resolved without magic links of /proc: OSError ELOOP where there is one."""
-    how = struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, _NO_MAGIC_LINKS)
+def open_plain(path: str, flags: int | None = None) -> int:
+    """A descriptor, by default of O_PATH, resolved without magic links of /proc: OSError ELOOP where there is one."""
+    flags = (os.O_PATH if flags is None else flags) | os.O_CLOEXEC
+    how = struct.pack("=QQQ", flags, 0, _NO_MAGIC_LINKS)
     fd = int(_syscall(ctypes.c_long(_OPENAT2), ctypes.c_long(_AT_FDCWD), ctypes.c_char_p(os.fsencode(path)),
                       ctypes.c_char_p(how), ctypes.c_long(len(how))))
     if fd < 0:
         number = ctypes.get_errno()
         if number == errno.ENOSYS:  # older than 5.6
-            return os.open(path, os.O_PATH | os.O_CLOEXEC)
+            return os.open(path, flags)
         raise OSError(number, os.strerror(number))
     return fd
 

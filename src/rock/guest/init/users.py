@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from rock.guest.init import syscalls
 from rock.guest.init.link import Fault
 
 _MOST = 1 << 20  # maximum bytes read of a user database
@@ -22,6 +23,16 @@ class User(NamedTuple):
     gid: int
     groups: list[int]
     home: str
+
+
+def find_in_image(text: str) -> User:
+    """As `find`, from outside of a new sandbox whose root this process has. The files are read anew, and not through a
+    link of /proc, which would lead out."""
+    _cache.clear()
+    try:
+        return find(text)
+    finally:
+        _cache.clear()
 
 
 def find(text: str) -> User:
@@ -68,7 +79,7 @@ def _rows(path: str, width: int) -> Iterator[list[str]]:
 
 def _read(path: str) -> list[str]:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = syscalls.open_plain(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return []
     try:

@@ -77,7 +77,7 @@ class LayerStore:
                 (folder / name).mkdir(exist_ok=True)
 
     def path(self, diff_id: str) -> str:
-        return str(self.folder / "layers" / layer_id(diff_id))
+        return f"{self.folder}/layers/{layer_id(diff_id)}"
 
     def info(self, diff_id: str) -> LayerInfo | None:
         """The layer with that digest, if present."""

@@ -18,7 +18,7 @@ from rock.rocklet.commands import shell_protocol
 from rock.rocklet.commands.handover import Handover, JournalEntry
 from rock.rocklet.commands.output import Capped
 from rock.rocklet.commands.shell_process import RESTART_GRACE, Run, Shell, ShellProcess, Sink
-from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Runtime
+from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Runtime
 from rock.telemetry import tracing
 
 _IDLE_OUTPUT = 1 << 20  # bytes retained of the output of background jobs between commands
@@ -55,9 +55,12 @@ class Interpreter:
 
     # ---- start and end ----
 
-    async def open(self) -> BashObservation:
-        """Start the shell; returns the output of its start-up files."""
-        await self._spawn()
+    async def open(self, started: Process | None = None) -> BashObservation:
+        """Start the shell, unless it was `started`; returns the output of its start-up files."""
+        if started is not None:
+            self.process.adopt(started)
+        else:
+            await self._spawn()
         await faults.point("session.spawned")
         run = self._begin(MAX_OUTPUT)
         try:

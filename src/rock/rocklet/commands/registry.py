@@ -13,15 +13,27 @@ from rock.protocol.action import CreateBashSessionRequest
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.commands.session import DEFAULT, Session
 from rock.rocklet.commands.shell_process import KEY, Shell, find_shell
+from rock.rocklet.commands.shell_protocol import BASH
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.state import StateDirectory
-from rock.runtime.base import Handle, Runtime
+from rock.runtime.base import Handle, Process, Runtime
+from rock.runtime.pools import StartsFirst
 
 
 async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
     """Open the default session of a sandbox of the warm pool, before a client claims it."""
+    first = runtime.started(handle) if isinstance(runtime, StartsFirst) else None
+    if first is not None:
+        return await open_started(runtime, handle, *first)
     session = Session(runtime, handle, DEFAULT, await find_shell(runtime, handle))
     await session.open()
+    return session
+
+
+async def open_started(runtime: Runtime, handle: Handle, path: str, process: Process) -> Session:
+    """Open the default session with its bash, which was started together with the sandbox."""
+    session = Session(runtime, handle, DEFAULT, Shell(path, BASH))
+    await session.open(process)
     return session
 
 
@@ -44,6 +56,8 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._shells: dict[str | None, Shell] = {}
         self._opening: dict[str, asyncio.Task[Session]] = {}
+        # path and process of the bash of the default session, where it was started with the sandbox
+        self.first: tuple[str, Process] | None = None
 
         # sessions of the snapshot from which the sandbox was started, until they are opened: request and state
         self.inherited: dict[str, tuple[CreateBashSessionRequest, str | None]] = {}
@@ -111,6 +125,11 @@ class Sessions:
     async def _open_shell(self, request: CreateBashSessionRequest) -> Session:
         """Open a shell. The shell of the last sandbox of this image is tried first; otherwise it is searched."""
         place = (self._handle.runtime, self._config.image, request.shell)
+        if self.first is not None and request == DEFAULT:
+            first, self.first = self.first, None
+            session = await open_started(self._runtime, self._handle, *first)
+            self._state_dir.shells[place] = self._shells[None] = session.shell
+            return session
         guess = self._state_dir.shells.get(place)
         if guess is not None:
             session = Session(self._runtime, self._handle, request, guess)
@@ -206,11 +225,18 @@ class Sessions:
         """Close the descriptors of the shells that run no command; False when some stay open."""
         return all([await session.close_streams() for session in list(self._sessions.values())]) and not self._opening
 
+    def _close_first(self, *, forget: bool) -> None:
+        first, self.first = self.first, None
+        if first is not None:
+            first[1].close(forget=forget)
+
     async def detach(self) -> None:
         """Detach from all sessions and leave them running."""
+        self._close_first(forget=False)
         for session in self._sessions.values():
             await session.detach()
 
     async def close_all(self) -> None:
+        self._close_first(forget=True)
         for session in self._sessions.values():
             await session.close()

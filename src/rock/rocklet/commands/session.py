@@ -23,7 +23,7 @@ from rock.rocklet.commands.interpreter import LONG, Interpreter
 from rock.rocklet.commands.output import write_all
 from rock.rocklet.commands.shell_process import Run, Shell, Sink
 from rock.rocklet.durability.journal import Journal
-from rock.runtime.base import CLOCK, Handle, Runtime
+from rock.runtime.base import CLOCK, Handle, Process, Runtime
 
 log = logging.getLogger("rock.node")
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
@@ -69,11 +69,11 @@ class Session:
 
     # ---- start and end ----
 
-    async def open(self) -> None:
-        """Start the shell; `startup_output` is the output of the start-up files. Raises StartFailed, which contains
-        it."""
+    async def open(self, started: Process | None = None) -> None:
+        """Start the shell, unless it was `started`; `startup_output` is the output of the start-up files. Raises
+        StartFailed, which contains it."""
         try:
-            observation = await self._interpreter.open()
+            observation = await self._interpreter.open(started)
         except BaseException:
             await asyncio.shield(self.close())
             raise

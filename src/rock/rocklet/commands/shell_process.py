@@ -19,6 +19,7 @@ from rock.rocklet.commands import shell_protocol
 from rock.rocklet.commands.output import Capped, Reader, as_text, is_pipe, write_all, write_now
 from rock.rocklet.durability.spool import told_missing
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Reopens, Runtime
+from rock.runtime.pools import FirstProgram
 
 # ---- the running command ----
 
@@ -121,29 +122,13 @@ class ShellProcess:
 
     # ---- start and end ----
 
+    def adopt(self, process: Process) -> None:
+        """Use a shell that was just started. SessionClosed."""
+        self._adopt(process)
+
     async def spawn(self, runtime: Runtime, handle: Handle, cwd: str | None) -> None:
         """Start the shell; cwd: start in that folder instead of the session's own."""
-        pty = self.spec.pty is not None
-        dialect = self.shell.dialect
-        channels: dict[int, str] = {dialect.status: "w"}
-        if pty:
-            channels[dialect.script] = "r"
-        else:
-            channels[dialect.errors] = "w"
-        program = Program(
-            argv=dialect.argv(self.shell.path, pty),
-            env={"PS1": "", "PS2": "", "SHELL": self.shell.path, **({"TERM": "xterm-256color"} if pty else {}),
-                 **(self.spec.env or {}), **dialect.environment(pty)},
-            cwd=cwd or self.spec.cwd,
-            user=self.spec.remote_user,
-            stdin="pipe",
-            stderr="stdout",
-            pty=self.spec.pty,
-            channels=channels,  # type: ignore[arg-type]
-            key=KEY + self.spec.session,
-            keep=True,
-        )
-        self._adopt(await runtime.spawn(handle, program))
+        self._adopt(await runtime.spawn(handle, program_of(self.spec, self.shell, cwd)))
 
     async def attach(self, runtime: Runtime, handle: Handle) -> None:
         """Attach to the shell that an earlier rocklet process started. NotFound."""
@@ -330,13 +315,46 @@ class Shell:
     dialect: shell_protocol.Dialect
 
 
+def program_of(spec: CreateBashSessionRequest, shell: Shell, cwd: str | None = None) -> Program:
+    """The shell of a session as a program; cwd: start in that folder instead of the session's own."""
+    pty = spec.pty is not None
+    dialect = shell.dialect
+    channels: dict[int, str] = {dialect.status: "w"}
+    if pty:
+        channels[dialect.script] = "r"
+    else:
+        channels[dialect.errors] = "w"
+    return Program(
+        argv=dialect.argv(shell.path, pty),
+        env={"PS1": "", "PS2": "", "SHELL": shell.path, **({"TERM": "xterm-256color"} if pty else {}),
+             **(spec.env or {}), **dialect.environment(pty)},
+        cwd=cwd or spec.cwd,
+        user=spec.remote_user,
+        stdin="pipe",
+        stderr="stdout",
+        pty=spec.pty,
+        channels=channels,  # type: ignore[arg-type]
+        key=KEY + spec.session,
+        keep=True,
+    )
+
+
+_FOLDERS = ("/bin", "/usr/bin", "/usr/local/bin")
+
+
+def first_program(spec: CreateBashSessionRequest) -> FirstProgram:
+    """The bash of a session, for a runtime that starts it together with a sandbox."""
+    paths = [f"{folder}/bash" for folder in _FOLDERS]
+    return FirstProgram(paths, program_of(spec, Shell(paths[0], shell_protocol.BASH)))
+
+
 async def find_shell(runtime: Runtime, handle: Handle, wanted: str | None = None) -> Shell:
     """The shell to use: the `wanted` one, else bash, else sh. NotFound when the image has none."""
     names = (
         [wanted]
         if wanted and "/" in wanted
         else [
-            f"{d}/{n}" for n in ([wanted] if wanted else ["bash", "sh"]) for d in ("/bin", "/usr/bin", "/usr/local/bin")
+            f"{folder}/{name}" for name in ([wanted] if wanted else ["bash", "sh"]) for folder in _FOLDERS
         ]
     )
     if isinstance(runtime, Files):

@@ -23,6 +23,7 @@ from typing import Any
 from rock import errors
 from rock.guest.init.link import PACKET, pack, receive_packet, unpack
 from rock.guest.init.process_tree import TICK
+from rock.guest.init.programs import FIRST_STREAMS
 from rock.protocol.routes import SENT
 from rock.runtime.base import CLOCK, ExitStatus, Program
 from rock.runtime.refusals import no_program, not_a_terminal_size
@@ -89,18 +90,26 @@ class InitLink:
 
     def close(self) -> None:
         """Close the connection; pending requests raise Unavailable. The sandbox continues to run. Idempotent."""
+        self.release().close()
+
+    def release(self) -> socket.socket:
+        """As `close`, but the caller closes the socket, which wakes pid 1."""
         self.on_lost = None
-        self._close(errors.Unavailable("the server closes its connection to the sandbox", sandbox_id=self.sandbox_id,
-                                       details=SENT, hint="send the request again once the server has restarted"))
+        self._end(errors.Unavailable("the server closes its connection to the sandbox", sandbox_id=self.sandbox_id,
+                                     details=SENT, hint="send the request again once the server has restarted"))
+        return self._sock
 
     def _close(self, reason: errors.RockError) -> None:
+        self._end(reason)
+        self._sock.close()
+
+    def _end(self, reason: errors.RockError) -> None:
         if self.closed:
             return
         self.closed = True
         self._loop.remove_reader(self._sock)
         if self._outgoing:
             self._loop.remove_writer(self._sock)
-        self._sock.close()
         for _, fds in self._outgoing:
             _close_all(fds)
         self._outgoing.clear()
@@ -283,6 +292,10 @@ class InitLink:
             self._processes.setdefault(pid, []).append(process)
         return process
 
+    def started(self, pid: int, fds: list[int], key: str) -> InitProcess:
+        """The kept program that was started together with pid 1, with its streams."""
+        return self._adopt({"pid": pid, "pty": False, "streams": FIRST_STREAMS}, fds, key, True)
+
     def streams(self, reply: Mapping[str, Any], fds: list[int]) -> dict[str, int]:
         """The descriptors of a reply, by stream. Unavailable when the kernel dropped some of them."""
         if len(fds) != len(reply["streams"]):
@@ -291,6 +304,47 @@ class InitLink:
                                      sandbox_id=self.sandbox_id,
                                      hint="raise the limit of open files (ulimit -n) of the server, or stop sandboxes")
         return dict(zip(reply["streams"], fds, strict=True))
+
+
+class FirstStreams:
+    """The pipes of a program that is started together with pid 1, and the connection to pid 1. OSError."""
+
+    def __init__(self) -> None:
+        self.ours: list[int] = []
+        self.theirs: list[int] = []
+        ours, self._peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._sock: socket.socket | None = ours
+        try:
+            for name in FIRST_STREAMS:
+                reading, writing = os.pipe2(os.O_CLOEXEC)
+                self.ours.append(writing if name == "stdin" else reading)
+                self.theirs.append(reading if name == "stdin" else writing)
+                os.set_blocking(self.ours[-1], False)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fds(self) -> list[int]:
+        """Those that pid 1 receives: the program's ends, the server's, of which it retains copies, and the
+        connection."""
+        return [*self.theirs, *self.ours, self._peer.fileno()]
+
+    def adopt(self, sandbox_id: str, pid: int, key: str) -> tuple[InitLink, InitProcess]:
+        """The connection, and the kept program that was started with this pid. They own the server's ends."""
+        assert self._sock is not None
+        link = InitLink(self._sock, sandbox_id, direct=True)
+        self._sock, fds, self.ours = None, self.ours, []
+        return link, link.started(pid, fds, key)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._sock is not None:
+            self._sock.close()
+        self._peer.close()
+        _close_all([*self.ours, *self.theirs])
+        self.ours, self.theirs = [], []
 
 
 class InitProcess:

@@ -15,6 +15,7 @@ from rock.runtime.refusals import LINUX_ONLY
 
 _RESERVE = 256 << 20  # bytes of memory reserved for the host
 _LEAST = 64 << 20  # bytes of free memory that a new sandbox requires, or its limit if that is less
+_CORES = os.cpu_count() or 1
 
 
 def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tuple[str, ...], *,
@@ -67,7 +68,7 @@ def refuse_too_large(config: SandboxConfig) -> None:
 
     Limits may be overcommitted, so the check compares with the free memory and not with the sum of the limits.
     """
-    cores = os.cpu_count() or 1
+    cores = _CORES
     wanted = max(config.cpus, config.limit_cpus or 0.0)
     if wanted > cores:
         raise errors.InvalidConfig(f"Requested CPUs {wanted} exceed the {cores} of this machine",

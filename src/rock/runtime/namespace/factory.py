@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rock import errors, faults
+from rock.guest.init.programs import FIRST_KEY, FIRST_NUMBERS
 from rock.host.atomic_file import not_started
 from rock.host.child_process import Ended
 from rock.images.records import Lease
 from rock.images.store import Images
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import FolderMount
-from rock.runtime.init.link import InitLink
+from rock.runtime.init.files import merged
+from rock.runtime.init.link import FirstStreams, InitLink
 from rock.runtime.namespace import records
 from rock.runtime.namespace.admission import Kind
 from rock.runtime.namespace.launcher import isolated_network
 from rock.runtime.namespace.limits.disk_watch import Disks
+from rock.runtime.namespace.retained import environment
 from rock.runtime.namespace.slots import Sandbox, Slots
+from rock.runtime.pools import FirstProgram
 
 _LEASE_KEPT = 2.0  # seconds
+_AT_ONCE = 64  # requests with descriptors that the launcher has at a time; it serves one after the other
+_STOCKED_AFTER = 0.01  # seconds
 _SPARES = 8  # run folders and user namespaces that are prepared in advance
 
 
@@ -40,16 +46,23 @@ class _ZygoteEnded(errors.Unavailable):
 
 
 class Factory:
-    """spares: run folders that the launcher prepared; it appends their names."""
+    """spares: run folders that the launcher prepared; it appends their names. first: the program to start together with
+    a sandbox of new files."""
 
     def __init__(self, slots: Slots, disks: Disks, images: Images) -> None:
         self.spares: list[str] = []
+        self.first: FirstProgram | None = None
         self._slots = slots
         self._disks = disks
         self._images = images
         self._leases: dict[str, Lease] = {}
+        self._gate = asyncio.Semaphore(_AT_ONCE)
+        self._stocking: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
+        if self._stocking is not None:
+            self._stocking.cancel()
+            self._stocking = None
         for digest in list(self._leases):
             self._end_lease(digest)
 
@@ -88,16 +101,22 @@ class Factory:
         base = slots.ranges.take(slot)
         folders = slots.limiter.groups.folders(slot)
         slots.making.add(slot)
+        streams: FirstStreams | None = None
         try:
+            program = self._program(kind, config) if kept is None and not layers and not mounted else None
             if kept is None:
                 self._place(slot)
             if config.disk is not None:
                 await self._disks.prepare(str(slots.run_dir / slot), config)
-            lease = self._lease(kind)
             spec = {**self.spec(slot, base, kind, config, layers), "woken": kept is not None,
-                    "identity": list(identity), "folders": [_folder_spec(one) for one in mounted]}
+                    "identity": list(identity), "folders": [_folder_spec(one) for one in mounted], "program": program}
             await faults.point("namespace.placed")
-            reply = await slots.launcher.request("create", spec, lease.fd if lease else None)
+            if program is None:
+                reply = await self._request(spec, kind, [])
+            else:
+                async with self._gate:
+                    streams = FirstStreams()
+                    reply = await self._request(spec, kind, streams.fds)
             if "error" in reply:
                 if reply.get("errno") == errno.ESRCH:
                     raise _ZygoteEnded(f"the sandbox could not be made: {reply['error']}", hint="retry")
@@ -107,10 +126,14 @@ class Factory:
             sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders, snapshots=layers)
             if mounted:
                 sandbox.volumes = {one.volume: [one.name, one.read_only] for one in mounted if one.volume}
-            sandbox.link = InitLink.connect(slots.run_dir / slot, slot)
+            if streams is not None and "program" in reply:
+                sandbox.link, process = streams.adopt(slot, reply["program"], FIRST_KEY)
+                sandbox.first = reply["path"], process
+            else:
+                sandbox.link = InitLink.connect(slots.run_dir / slot, slot)
             slots.live[slot] = sandbox
             await faults.point("namespace.born")
-            records.write(slots.run_dir, slot, sandbox.record(id))
+            (records.create if kept is None else records.write)(slots.run_dir, slot, sandbox.record(id))
             self._stock_up()
             return sandbox
         except (OSError, errors.RockError) as error:
@@ -120,6 +143,22 @@ class Factory:
             raise
         finally:
             slots.making.discard(slot)
+            if streams is not None:
+                streams.close()
+
+    async def _request(self, spec: dict[str, Any], kind: Kind, fds: list[int]) -> dict[str, Any]:
+        lease = self._lease(kind)
+        spec["leased"] = lease is not None
+        return await self._slots.launcher.request("create", spec, fds if lease is None else [*fds, lease.fd])
+
+    def _program(self, kind: Kind, config: SandboxConfig) -> dict[str, Any] | None:
+        """What the launcher needs to know of the first program. None where only pid 1 can start it."""
+        if self.first is None or config.nofile is not None:
+            return None
+        program = self.first.program
+        return {"paths": list(self.first.paths), "arguments": list(program.argv[1:]), "numbers": FIRST_NUMBERS,
+                "user": kind.rootfs.user, "env": merged(environment(kind.rootfs, config), program.env),
+                "cwd": kind.rootfs.cwd or "/"}
 
     def _lease(self, kind: Kind) -> Lease | None:
         """Each sandbox holds a copy of the lease; this one is cached for the creates of the next seconds."""
@@ -142,7 +181,13 @@ class Factory:
             os.mkdir(run_dir / slot, 0o700)
 
     def _stock_up(self) -> None:
-        """Request run folders and namespaces for the next sandboxes, which the launcher prepares while idle."""
+        """Request run folders and namespaces for the next sandboxes soon: the launcher prepares them while idle, and
+        the creates of a burst have one request."""
+        if self._stocking is None:
+            self._stocking = asyncio.get_running_loop().call_later(_STOCKED_AFTER, self._stock_up_now)
+
+    def _stock_up_now(self) -> None:
+        self._stocking = None
         fresh = [records.new_slot() for _ in range(_SPARES - len(self.spares))]  # replaces the earlier request
         folders = [str(self._slots.run_dir / records.SPARE / slot) for slot in fresh]
         self._slots.launcher.post("ahead", {"ranges": self._slots.ranges.coming(_SPARES), "folders": folders})

@@ -47,6 +47,18 @@ def write(run_dir: Path, slot: str, record: dict[str, Any]) -> None:
     atomic_file.replace(f"{run_dir}/{slot}/record.json", atomic_file.summed(json.dumps(record)))
 
 
+def create(run_dir: Path, slot: str, record: dict[str, Any]) -> None:
+    """Write the first record of a new sandbox. After a crash in between, the sandbox has no valid record, which is an
+    incomplete sandbox."""
+    fd = os.open(f"{run_dir}/{slot}/record.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        data = memoryview(atomic_file.summed(json.dumps(record)).encode())
+        while data:
+            data = data[os.write(fd, data):]
+    finally:
+        os.close(fd)
+
+
 def read(run_dir: Path, slot: str) -> dict[str, Any]:
     """A sandbox's record; empty when there is none, as for an incomplete one."""
     try:

@@ -173,6 +173,11 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_NOTES = 100
 
 
+def environment(rootfs: RootFS, config: SandboxConfig) -> dict[str, str]:
+    """The environment of the programs of a sandbox."""
+    return merged({"PATH": _PATH}, rootfs.env, config.env)
+
+
 class Handles:
     """isolation: the level of sandboxes on this host. disk_limit: bytes for the files of a sandbox without a dedicated
     disk; 0 is no limit."""
@@ -186,7 +191,7 @@ class Handles:
 
     def of(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         """The handle of a living sandbox, under the name `id`."""
-        data = {**sandbox.record(id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
+        data = {**sandbox.record(id), "env": environment(rootfs, config),
                 "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": sandbox.memory or config.memory_bytes}
         # The value differs for a sandbox that can be retained, and its handle says so.
         data["rootfs" if config.keeps_files else "image"] = self._note(rootfs)

@@ -21,7 +21,7 @@ from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
-from rock.runtime.base import FolderMount, Frozen, Handle, Liveness, MountSource, Program, Trait
+from rock.runtime.base import FolderMount, Frozen, Handle, Liveness, MountSource, Process, Program, Trait
 from rock.runtime.init.files import InitSandboxes
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import admission, retained
@@ -39,7 +39,7 @@ from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.namespace.pools import Pool
 from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
 from rock.runtime.namespace.slots import Ending, Sandbox, Slots
-from rock.runtime.pools import PoolState, PoolTarget, Prepared
+from rock.runtime.pools import FirstProgram, PoolState, PoolTarget, Prepared
 from rock.runtime.process.runtime import wait_gone
 
 
@@ -327,6 +327,21 @@ class NamespaceRuntime(InitSandboxes):
         if sandbox is None:
             return None
         found, sandbox.prepared = sandbox.prepared, None
+        return found
+
+    @property
+    def first(self) -> FirstProgram | None:
+        return self._factory.first
+
+    @first.setter
+    def first(self, program: FirstProgram | None) -> None:
+        self._factory.first = program
+
+    def started(self, handle: Handle) -> tuple[str, Process] | None:
+        sandbox = self._slots.live.get(handle.data["slot"])
+        if sandbox is None:
+            return None
+        found, sandbox.first = sandbox.first, None
         return found
 
     @staticmethod

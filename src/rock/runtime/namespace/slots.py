@@ -18,7 +18,7 @@ from rock import errors
 from rock.guest.init import process_tree
 from rock.guest.init.remove import remove_tree
 from rock.runtime.base import Handle, MountSource
-from rock.runtime.init.link import InitLink
+from rock.runtime.init.link import InitLink, InitProcess
 from rock.runtime.namespace import records
 from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.launcher import mounts
@@ -109,10 +109,17 @@ class Sandbox:
     volumes: dict[str, list[Any]] | None = None  # name, and whether it is read-only, by id
     snapshots: Sequence[str] = ()  # its layers above the image, newest first
     over_volume: str = ""  # the name of the volume whose size ended it
+    first: tuple[str, InitProcess] | None = None  # its first program, until its user takes it
 
     def count_kill(self) -> None:
         """Record a kill by the memory monitor."""
         self.kills += 1
+
+    def close_first(self) -> None:
+        """Close the streams of a first program that was not taken."""
+        first, self.first = self.first, None
+        if first is not None:
+            first[1].close()
 
     def record(self, id: str) -> dict[str, Any]:
         """Its record on disk, under the name `id`."""
@@ -213,6 +220,7 @@ class Slots:
 
     def let_go_of_all(self) -> None:
         for sandbox in self.live.values():
+            sandbox.close_first()
             if sandbox.link is not None:
                 sandbox.link.close()
         self.live.clear()
@@ -324,7 +332,15 @@ class Slots:
     async def clean_up(self, slot: str, pid: int | None, start: int | None, base: int | None,
                        folders: Mapping[str, str]) -> None:
         """Remove all resources of a complete or incomplete sandbox. Idempotent."""
-        self.forget(slot)
+        link = self._release(slot)
+        try:
+            await self._remove(slot, pid, start, base, folders)
+        finally:
+            if link is not None:  # not before: pid 1 would wake and work, and then be killed
+                link.close()
+
+    async def _remove(self, slot: str, pid: int | None, start: int | None, base: int | None,
+                      folders: Mapping[str, str]) -> None:
         if pid is None or start is None:
             pid, start = find_init(self.run_dir / slot) or (None, None)
         clean = False
@@ -349,10 +365,18 @@ class Slots:
 
     def forget(self, slot: str) -> None:
         """Close this server's descriptors of it."""
+        link = self._release(slot)
+        if link is not None:
+            link.close()
+
+    def _release(self, slot: str) -> socket.socket | None:
+        """As `forget`; returns the connection to pid 1, which the caller closes."""
         self._egress.drop(slot)
         sandbox = self.live.pop(slot, None)
-        if sandbox is not None and sandbox.link is not None:
-            sandbox.link.close()
+        if sandbox is None:
+            return None
+        sandbox.close_first()
+        return None if sandbox.link is None else sandbox.link.release()
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         """Remove all resources that belong to none of these ids; returns the removed ids, or slots."""

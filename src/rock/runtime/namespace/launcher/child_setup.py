@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import resource
@@ -16,11 +17,12 @@ import socket
 import struct
 from typing import Any, NamedTuple
 
-from rock.guest.init import pid1
+from rock.guest.init import native, pid1, programs, syscalls
 from rock.guest.init.sharing import PageSharing
+from rock.guest.init.users import User
 from rock.runtime.namespace.launcher import kernel, userns
 from rock.runtime.namespace.launcher.mounts import HOST_NAME
-from rock.runtime.namespace.launcher.zygote import OPTIONAL, Area, Row
+from rock.runtime.namespace.launcher.zygote import OPTIONAL, Area, First, Row
 from rock.runtime.namespace.limits import cgroups
 
 # chown, dac_override, fowner, fsetid, kill, setgid, setuid, net_bind_service, sys_chroot
@@ -32,6 +34,7 @@ _NO_CALL = 0xFFFFF  # until the gate opens, which writes the real number
 _CLOSE_RANGE = 436
 _LAST_FD = 0xFFFFFFFF
 _PROC_FD = 1
+_AT_FDCWD = -100
 _FREE_LOWEST = ((_CLOSE_RANGE, 0, _PROC_FD),)  # descriptors 0 and 1 are then the next free ones
 _PATIENCE = 20.0  # seconds
 
@@ -46,6 +49,8 @@ class Descriptors(NamedTuple):
     lease: holds the lock on its image's layers for its lifetime; -1 where the layers are never removed.
     net: the network namespace to enter; -1 for its initial one.
     sockets: its egress sockets; pid 1 retains them for the next server.
+    streams: of its first program: the ends of the program, then those that pid 1 retains; empty without one.
+    connection: of the server, where there is a first program; else -1.
     """
 
     listener: int
@@ -55,11 +60,20 @@ class Descriptors(NamedTuple):
     lease: int = -1
     net: int = -1
     sockets: tuple[int, ...] = ()
+    streams: tuple[int, ...] = ()
+    connection: int = -1
 
     @property
     def pages(self) -> int:
         """An unused descriptor number, for its own page table."""
-        return 1 + max(self.listener, self.ready, *self.gate, self.userns, self.lease, self.net, *self.sockets)
+        return 1 + max(self.listener, self.ready, *self.gate, self.userns, self.lease, self.net, *self.sockets,
+                       *self.streams, self.connection)
+
+    @property
+    def kept(self) -> set[int]:
+        """Those that pid 1 has when it drops the others."""
+        return {self.listener, self.ready, self.lease, self.pages, *self.sockets, *self.streams,
+                self.connection} - {-1}
 
 
 class Constants:
@@ -83,6 +97,10 @@ class Constants:
         self.capability_header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
         low, high = CAPABILITIES & 0xFFFFFFFF, CAPABILITIES >> 32
         self.capabilities = ctypes.create_string_buffer(struct.pack("=IIIIII", low, low, 0, high, high, 0), 24)
+        self.zeros = ctypes.create_string_buffer(64)  # also: the default action of a signal, no signals, no core file
+        self.slices = ctypes.create_string_buffer(syscalls.short_slices(), 48)
+        self.score_file = ctypes.create_string_buffer(f"/proc/{_FIRST_PID}/oom_score_adj".encode())
+        self.score = ctypes.create_string_buffer(programs.OOM_SCORE)
 
 
 def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any]) -> None:
@@ -128,9 +146,71 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     ]
     if constants.program is not None:
         rows.append(("system call filter", (number["seccomp"], 1, 0, ctypes.addressof(constants.program))))
-    kept = {fds.listener, fds.ready, fds.lease, fds.pages, *fds.sockets} - {-1}
-    rows += [("descriptors", call) for call in _descriptors(constants, kept)]
+    rows += [("descriptors", call) for call in _descriptors(constants, fds.kept)]
     rows.append(("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, 0)))
+    if fds.streams:
+        rows += [("first program", call) for call in _before_program(constants)]
+
+
+# ---- the first program ----
+#
+# The calls of `plan_program` do what guest/init/programs.py does for later programs, and those of `_before_program` do
+# what pid 1 does before it starts one.
+
+_FIRST_PID = 2  # of the first process after pid 1 in a new pid namespace
+_KEEP_CLOSED = 4  # CLOSE_RANGE_CLOEXEC
+
+
+def _before_program(constants: Constants) -> list[tuple[int, ...]]:
+    number, zeros = kernel.NUMBERS, ctypes.addressof(constants.zeros)
+    return [
+        (number["umask"], 0o022),
+        (number["prlimit64"], 0, resource.RLIMIT_CORE, zeros, 0),
+        (number["rt_sigaction"], int(signal.SIGCHLD), zeros, 0, 8),  # the zygote ignores it, which would reap children
+        (_CLOSE_RANGE, 3, _LAST_FD, _KEEP_CLOSED),
+    ]
+
+
+def _strings(area: Area, items: list[bytes]) -> int:
+    """The address of a list of strings that ends with a null pointer."""
+    addresses = [area.put(item) for item in items]
+    return area.put(struct.pack(f"{len(addresses) + 1}Q", *addresses, 0))
+
+
+def plan_program(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any], path: str, user: User,
+                 shared: tuple[int, int]) -> None:
+    """Add the start of the first program to the area of a child that waits for its files. NoSpace.
+
+    spec: of the sandbox; its program has the numbers of the descriptors, in the order of `fds.streams`, the arguments,
+    the environment and the working directory. path: the program. shared: address and size of all areas.
+    """
+    number, zeros = kernel.NUMBERS, ctypes.addressof(constants.zeros)
+    program = spec["program"]
+    theirs = fds.streams[: len(program["numbers"])]
+    words = [path, *program["arguments"]]
+    variables = [f"{name}={value}" for name, value in {"HOME": user.home, **program["env"], "SHELL": path}.items()]
+    calls: list[tuple[int, ...]] = [(number["rt_sigaction"], int(one), zeros, 0, 8) for one in native.HANDLED]
+    calls += [(number["setsid"],), (number["prctl"], native.PR_SET_CHILD_SUBREAPER, 1)]
+    for fd, wanted in zip(theirs, program["numbers"], strict=True):
+        calls += [(number["dup3"], fd, one, 0) for one in wanted]
+    if spec["privileged"] and program["user"]:
+        calls += [(number["setgroups"], len(user.groups), area.put(struct.pack(f"{len(user.groups)}I", *user.groups))),
+                  (number["setresgid"], user.gid, user.gid, user.gid),
+                  (number["setresuid"], user.uid, user.uid, user.uid)]
+    calls += [(number["chdir"], area.put(os.fsencode(program["cwd"]))),
+              (number["rt_sigprocmask"], native.SETMASK, zeros, 0, 8),
+              (number["execve"], area.put(os.fsencode(path)), _strings(area, [os.fsencode(word) for word in words]),
+               _strings(area, [os.fsencode(one) for one in variables]))]
+    score = ctypes.addressof(constants.score)
+    free = next(fd for fd in itertools.count(3) if fd in theirs or fd not in fds.kept)
+    after = [*((_CLOSE_RANGE, fd, fd) for fd in theirs),
+             # after execve only: until then the program has the memory of pid 1, and its score
+             (number["openat"], _AT_FDCWD, ctypes.addressof(constants.score_file), os.O_WRONLY | os.O_CLOEXEC),
+             (number["write"], free, score, len(programs.OOM_SCORE)),
+             (_CLOSE_RANGE, free, free)]
+    slices = (number["sched_setattr"], 0, ctypes.addressof(constants.slices), 0)
+    area.add_program([("first program", call) for call in calls], [(OPTIONAL, call) for call in (*after, slices)],
+                     (fds.listener, fds.connection, fds.ready), shared)  # fmt: skip
 
 
 def _loopback(constants: Constants) -> list[tuple[int, ...]]:
@@ -227,14 +307,22 @@ def _descriptors(constants: Constants, keep: set[int]) -> list[tuple[int, ...]]:
     return calls
 
 
+_STREAMS = 8  # of the first program, both ends
+
+
 def pack_note(fds: Descriptors, server: int) -> bytes:
-    """Pack the data for pid 1: its descriptors and the server's user id as seen inside."""
-    return struct.pack("6q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages)
+    """Pack the data for pid 1: its descriptors and the server's user id as seen inside. native/zygote.c reads the last
+    three, the output of the first program."""
+    streams = [*fds.streams, *([-1] * (_STREAMS - len(fds.streams)))]
+    return struct.pack("15q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages, fds.connection,
+                       *streams)
 
 
-def live(note: bytes, failed: int, sweep: PageSharing | None) -> None:
-    """Continue in Python after the calls, as pid 1; never returns. `failed`: index of the failed call, or -1."""
-    listener, ready, server, *sockets, pages = struct.unpack_from("6q", note)
+def live(note: bytes, failed: int, sweep: PageSharing | None, first: First | None) -> None:
+    """Continue in Python after the calls, as pid 1; never returns. `failed`: index of the failed call, or -1. `first`:
+    what it did before it had work."""
+    listener, ready, server, *found = struct.unpack_from("15q", note)
+    sockets, pages, connection, streams = found[:2], found[2], found[3], found[4:]
     if failed >= 0:
         os.write(ready, json.dumps({"row": failed}).encode())
         os._exit(1)
@@ -243,11 +331,18 @@ def live(note: bytes, failed: int, sweep: PageSharing | None) -> None:
         one.sockets = [fd for fd in sockets if fd >= 0]
         if sweep is not None:
             one.share(sweep, pages)
+        if first is not None:
+            one.take_over(first.pid, streams[_STREAMS // 2 :], first.connection, bool(first.watching))
+        elif connection >= 0:  # the server starts the program, and connects
+            for fd in (connection, *streams):
+                os.close(fd)
         gc.freeze()
-        os.write(ready, b"{}")
-        os.close(ready)
+        if first is None:
+            os.write(ready, b"{}")
+            os.close(ready)
     except BaseException as error:
-        os.write(ready, json.dumps({"error": f"init: {error!r}"}).encode())
+        if first is None:
+            os.write(ready, json.dumps({"error": f"init: {error!r}"}).encode())
         os._exit(1)
     try:
         one.run()

@@ -14,10 +14,13 @@ import fcntl
 import os
 import resource
 import socket
+import stat
 import struct
 from collections.abc import Callable
 from typing import Any
 
+from rock.guest.init import users
+from rock.guest.init.link import Fault
 from rock.runtime.namespace.launcher import kernel, mounts
 from rock.runtime.namespace.limits import cgroups
 from rock.runtime.namespace.network import NetworkPool
@@ -104,8 +107,9 @@ class Failure(Exception):
 
 
 def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: HostNamespaces, proc: Callable[[], int],
-          net: int) -> None:
-    """Build the mount namespace of `pid`, a waiting child. Failure names the step.
+          net: int) -> tuple[str, users.User] | None:
+    """Build the mount namespace of `pid`, a waiting child. Returns the path and the user of its first program,
+    where they are known. Failure names the step.
 
     namespace: its user namespace. proc: returns the detached /proc that the child created. net: see
     HostNamespaces.enter.
@@ -138,6 +142,8 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
             if opened:
                 step = "volumes and mounts"
                 mounts.attach_folders(spec, opened)
+                return None  # folders of others may cover its files: pid 1 finds it
+            return _find_program(spec["program"]) if spec["program"] else None
         finally:
             home.back()
     except OSError as error:
@@ -158,6 +164,23 @@ def _limit(spec: dict[str, Any], pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_NPROC, (spec["processes"], spec["processes"]))
     for name, value in spec["rlimits"]:
         resource.prlimit(pid, name, (value, value))
+
+
+def _find_program(program: dict[str, Any]) -> tuple[str, users.User] | None:
+    """The path of the first program and its user, in the root of this process: the files of an image, before any
+    program runs over them. None where pid 1 has to report what is missing."""
+    with contextlib.suppress(OSError, Fault):
+        path = next((one for one in program["paths"] if _is_executable(one)), None)
+        return None if path is None else (path, users.find_in_image(program["user"] or "0"))
+    return None
+
+
+def _is_executable(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISREG(mode) and bool(mode & 0o111)
 
 
 def explain(number: int) -> str:

@@ -41,11 +41,15 @@ _TABLE = {
     "x86_64": {"clone": 56, "pivot_root": 155, "setns": 308, "unshare": 272, "capset": 126, "seccomp": 317, "read": 0,
                "prctl": 157, "setsid": 112, "chdir": 80, "setgroups": 116, "setresgid": 119, "setresuid": 117,
                "getpid": 39, "openat": 257, "dup3": 292, "sendmsg": 46,
-               "write": 1, "socket": 41, "ioctl": 16, "sethostname": 170, "listen": 50},
+               "write": 1, "socket": 41, "ioctl": 16, "sethostname": 170, "listen": 50,
+               "rt_sigaction": 13, "rt_sigprocmask": 14, "execve": 59, "umask": 95, "prlimit64": 302,
+               "sched_setattr": 314},
     "aarch64": {"clone": 220, "pivot_root": 41, "setns": 268, "unshare": 97, "capset": 91, "seccomp": 277, "read": 63,
                 "prctl": 167, "setsid": 157, "chdir": 49, "setgroups": 159, "setresgid": 149, "setresuid": 147,
                 "getpid": 172, "openat": 56, "dup3": 24, "sendmsg": 211,
-                "write": 64, "socket": 198, "ioctl": 29, "sethostname": 161, "listen": 201},
+                "write": 64, "socket": 198, "ioctl": 29, "sethostname": 161, "listen": 201,
+                "rt_sigaction": 134, "rt_sigprocmask": 135, "execve": 221, "umask": 166, "prlimit64": 261,
+                "sched_setattr": 274},
 }
 _OPEN_TREE, _MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 FSCONFIG_CREATE = 6

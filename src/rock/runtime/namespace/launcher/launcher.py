@@ -28,6 +28,7 @@ if __name__ == "__main__":  # allow imports of rock without running rock/__init_
 
 import contextlib
 import errno
+import fcntl
 import gc
 import json
 import select
@@ -41,7 +42,7 @@ from rock.guest.init import native, process_tree, syscalls
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import child_setup, furnish, kernel, mounts, seccomp, snapshot, switch, userns
 from rock.runtime.namespace.launcher.templates import Templates
-from rock.runtime.namespace.launcher.zygote import Area, Zygote
+from rock.runtime.namespace.launcher.zygote import Area, NoSpace, Zygote
 from rock.runtime.namespace.limits import cgroups, counters
 from rock.runtime.namespace.limits.counters import Counters
 from rock.runtime.namespace.limits.devices import SharedGroups
@@ -69,7 +70,7 @@ class Launcher:
         self.buffer = bytearray(1 << 17)
         self.queue: deque[dict[str, Any]] = deque()
         # by descriptor of the readiness socket: request, pid, area, deadline, the socket
-        self.starting: dict[int, tuple[int, int, Area, float, socket.socket]] = {}
+        self.starting: dict[int, tuple[dict[str, Any], int, Area, float, socket.socket]] = {}
         self.retiring: dict[int, dict[str, Any]] = {}  # by pidfd of the killed pid 1
         self.spare: deque[int | str] = deque()  # first ids of ranges, and run folders, to prepare while idle
         self.listeners: dict[str, socket.socket] = {}
@@ -170,7 +171,8 @@ class Launcher:
                 return False
             request = unpack(data, fds)
             if request["op"] == "create":
-                request["lease"] = fds.pop() if fds else -1
+                request["lease"] = fds.pop() if fds and request["leased"] else -1
+                request["streams"] = self._streams(request, fds)
                 self.queue.append(request)
             elif request["op"] == "retire":
                 self._retire(request)
@@ -194,6 +196,20 @@ class Launcher:
                 self._answer(request, {"error": f"unknown request {request['op']!r}", "errno": errno.EINVAL})
             for fd in fds:
                 os.close(fd)
+
+    def _streams(self, request: dict[str, Any], fds: list[int]) -> list[int]:
+        """Take the descriptors of the first program, and that of the connection; none where it is not to be started
+        with pid 1. Their numbers are none of those that the program has."""
+        program = request["program"]
+        if program is None or len(fds) != 2 * len(program["numbers"]) + 1 or not self.zygote.starts_programs:
+            return []
+        taken, wanted = fds[:], {number for numbers in program["numbers"] for number in numbers}
+        fds.clear()
+        for index, fd in enumerate(taken):
+            if fd in wanted:
+                taken[index] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(wanted) + 1)
+                os.close(fd)
+        return taken
 
     def _answer(self, request: dict[str, Any], reply: dict[str, Any]) -> None:
         self.outgoing.append(pack({"id": request["id"], **reply}))
@@ -238,13 +254,18 @@ class Launcher:
                 net, *sockets = self.wired.take()
             listener = listener or furnish.bind(spec["slot"])
             fds = child_setup.Descriptors(listener.fileno(), reporting.fileno(), gate, namespace, spec["lease"], net,
-                                    tuple(sockets))
+                                          tuple(sockets), tuple(spec["streams"][:-1]), *spec["streams"][-1:])
             child_setup.plan(area, self.constants, fds, spec)
             self.unnamed.prepare(spec["binds"])
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" or net >= 0 else 0)
             pid = self.zygote.clone(area, flags, child_setup.pack_note(fds, self._server_uid()))
             reporting.close()
-            furnish.build(spec, pid, self.staging, namespace, self.home, lambda: child_setup.receive_proc(ready), net)
+            found = furnish.build(spec, pid, self.staging, namespace, self.home,
+                                  lambda: child_setup.receive_proc(ready), net)
+            if found is not None and fds.streams:
+                with contextlib.suppress(NoSpace):  # the server starts it later
+                    child_setup.plan_program(area, self.constants, fds, spec, *found, self.zygote.shared)
+                    spec["path"] = found[0]
             child_setup.open_gate(gate[1])
         except (OSError, furnish.Failure, child_setup.SetupFailed) as error:
             if isinstance(error, child_setup.SetupFailed):
@@ -259,12 +280,12 @@ class Launcher:
             self.zygote.free(area)
             ready.close()
         else:
-            self._wait_for(spec["id"], pid, area, ready)
+            self._wait_for(spec, pid, area, ready)
         finally:
             reporting.close()
             if listener is not None:
                 listener.close()
-            for fd in (*gate, spec["lease"], net, *sockets):
+            for fd in (*gate, spec["lease"], net, *sockets, *spec["streams"]):
                 if fd >= 0:
                     os.close(fd)
 
@@ -335,9 +356,9 @@ class Launcher:
         clean = cgroups.remove_empty(request["cgroups"])
         self._answer(request, {"clean": mounts.remove_folder(request["slot"]) and clean})
 
-    def _wait_for(self, number: int, pid: int, area: Area, ready: socket.socket) -> None:
+    def _wait_for(self, spec: dict[str, Any], pid: int, area: Area, ready: socket.socket) -> None:
         ready.setblocking(False)
-        self.starting[ready.fileno()] = number, pid, area, time.monotonic() + _START_PATIENCE, ready
+        self.starting[ready.fileno()] = spec, pid, area, time.monotonic() + _START_PATIENCE, ready
         self.poll.register(ready, select.POLLIN)
 
     def _server_uid(self) -> int:
@@ -356,13 +377,15 @@ class Launcher:
             os.close(fd)
 
     def _settle(self, fd: int) -> None:
-        number, pid, area, _, ready = self.starting.pop(fd)
+        spec, pid, area, _, ready = self.starting.pop(fd)
         self.poll.unregister(fd)
         with ready:
             data = ready.recv(4096)
         reply = self._reply(pid, area, data)
+        if "path" in spec and "pid" in reply and (program := area.started()) > 0:
+            reply |= {"program": program, "path": spec["path"]}
         self.zygote.free(area)
-        self._answer({"id": number}, reply)
+        self._answer(spec, reply)
 
     def _reply(self, pid: int, area: Area, message: bytes) -> dict[str, Any]:
         """The reply for a pid 1's message; an empty message means that pid 1 ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ class LaunchLink(ChildLink):
     def _not_started(self, error: OSError | TimeoutError) -> errors.RockError:
         return errors.Unsupported(f"the launcher did not start: {error!r}", hint=f"see {self._log}")
 
-    async def request(self, op: str, fields: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
-        """Send a request to the launcher, with a copy of `fd`. Raises Ended when the launcher dies meanwhile."""
-        return await self.ask(op, fields, () if fd is None else (fd,))
+    async def request(self, op: str, fields: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        """Send a request to the launcher, with copies of `fds`. Raises Ended when the launcher dies meanwhile."""
+        return await self.ask(op, fields, fds)
 
     def _told(self, message: dict[str, Any]) -> None:
         if "made" in message:

@@ -20,6 +20,7 @@ import select
 import signal
 import struct
 from collections.abc import Callable
+from typing import NamedTuple
 
 from rock.guest.init import native
 from rock.guest.init.sharing import PageSharing
@@ -28,9 +29,11 @@ from rock.runtime.namespace.launcher.snapshot import Snapshot
 
 AREA = 16_384
 _AREAS = 32
-_HEAD = 24  # bytes: clone flags, number of rows, pid of the child
+_HEAD = 96  # bytes, struct area in native/zygote.c
+_CONTROL = 184  # bytes, struct control there
+_WAITED = 1  # see there
 _ROW = 64  # bytes: number, six arguments, result; before the call, whether it is required
-_NOTE = 64  # bytes at the end of an area, for data for the child
+NOTE = 128  # bytes at the end of an area, for data for the child
 _CLONE_FILES = 0x400
 _UNWRITTEN, _UNWRITTEN_OPTIONAL = 1 << 40, 1
 OPTIONAL = "if it can be had"  # purpose of a row that may fail
@@ -39,17 +42,24 @@ _WORD = (1 << 64) - 1
 Row = tuple[str, tuple[int, ...]]  # purpose, and the number and arguments of the call
 
 
+class NoSpace(Exception):
+    """The area is full."""
+
+
 class Area:
     """Shared memory for one child: its calls, the strings that they point to, and the launcher's note."""
 
     def __init__(self, address: int) -> None:
         self.address = address
         self.rows: list[Row] = []
-        self._used = _NOTE
+        self._used = NOTE
+        self._sealed = 0  # rows
 
     def put(self, data: bytes) -> int:
-        """Store a string; returns its address, which is the same in the child."""
-        self._used += len(data) + 1
+        """Store a string; returns its address, which is the same in the child. NoSpace."""
+        if _HEAD + _ROW * max(self._sealed, len(self.rows)) + self._used + len(data) + 8 > AREA:
+            raise NoSpace
+        self._used += -(-(len(data) + 1) // 8) * 8
         place = self.address + AREA - self._used
         ctypes.memmove(place, data + b"\0", len(data) + 1)
         return place
@@ -66,18 +76,40 @@ class Area:
 
     def seal(self, flags: int, note: bytes) -> None:
         """Write the content, for a clone with these flags."""
-        packed = b"".join(
-            struct.pack("8Q", *_fill(call), _UNWRITTEN_OPTIONAL if what == OPTIONAL else _UNWRITTEN)
-            for what, call in self.rows)
+        packed = _packed(self.rows)
         assert _HEAD + len(packed) + self._used <= AREA
-        assert len(note) <= _NOTE
-        data = struct.pack("QQq", flags | signal.SIGCHLD, len(self.rows), 0) + packed
-        ctypes.memmove(self.address, data, len(data))
-        ctypes.memmove(self.address + AREA - _NOTE, note, len(note))
+        assert len(note) <= NOTE
+        data = struct.pack("12Q", flags | signal.SIGCHLD, len(self.rows), *([0] * 9), self.address + AREA - NOTE)
+        self._sealed = len(self.rows)
+        ctypes.memmove(self.address, data + packed, _HEAD + len(packed))
+        ctypes.memmove(self.address + AREA - NOTE, note, len(note))
+
+    def add_program(self, program: list[Row], after: list[Row], fds: tuple[int, int, int],
+                    shared: tuple[int, int]) -> None:
+        """Add a first program to a child that has not yet made all its rows: calls of a child of it, and those that it
+        makes itself afterwards. fds: on which the server connects, of its connection, and for the report that the child
+        is ready. shared: address and size of all areas. NoSpace."""
+        packed = _packed([*program, *after])
+        if _HEAD + _ROW * self._sealed + len(packed) + self._used > AREA:
+            raise NoSpace
+        ctypes.memmove(self.row(self._sealed), packed, len(packed))
+        self._sealed += len(program) + len(after)
+        head = struct.pack("QQq3q2Q", len(program), len(after), 0, *fds, *shared)
+        ctypes.memmove(self.address + 24, head, len(head))
+
+    def started(self) -> int:
+        """The pid of the first program once the child is ready, as the child sees it, or a negative errno."""
+        return int(struct.unpack("q", ctypes.string_at(self.address + 40, 8))[0])
 
     def reason(self, index: int) -> tuple[str, int]:
         """The purpose of the failed row, and the errno."""
         return self.rows[index][0], -self.result(index)
+
+
+def _packed(rows: list[Row]) -> bytes:
+    return b"".join(
+        struct.pack("8Q", *_fill(call), _UNWRITTEN_OPTIONAL if what == OPTIONAL else _UNWRITTEN)
+        for what, call in rows)
 
 
 def _failed(area: Area) -> int:
@@ -86,17 +118,26 @@ def _failed(area: Area) -> int:
     return next((index for index in reversed(range(count)) if area.result(index) < 0), count - 1)
 
 
+class First(NamedTuple):
+    """What a child did before it had work. pid: of its first program, or a negative errno. connection: of the server;
+    -1: there is none. watching: whether the server waits for output of the program."""
+
+    pid: int
+    connection: int
+    watching: int
+
+
 class Zygote:
     """Started by the launcher once it is ready to be copied.
 
-    live: runs in each child, with the launcher's note, the index of the failed call or -1, and the function that
-        releases unchanged pages, or None.
+    live: runs in each child, with the launcher's note, the index of the failed call or -1, the function that releases
+        unchanged pages, or None, and what the child did before, if it started a first program.
     rehearse: runs in the zygote before it waits, for the benefit of its children.
     join: runs there too, or otherwise in each child: joins the cgroups shared by all sandboxes.
     """
 
-    def __init__(self, live: Callable[[bytes, int, PageSharing | None], None], rehearse: Callable[[], None],
-                 join: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, live: Callable[[bytes, int, PageSharing | None, First | None], None],
+                 rehearse: Callable[[], None], join: Callable[[], object] = lambda: None) -> None:
         self._live, self._rehearse, self._join = live, rehearse, join
         self._sweep: PageSharing | None = None
         self._left_at_most = 0  # of the zygote's own calls, for an effective sweep
@@ -116,7 +157,7 @@ class Zygote:
         commands, self._command = os.pipe2(os.O_CLOEXEC)
         self._reply, replies = os.pipe2(os.O_CLOEXEC)
         own = self._base + AREA * _AREAS
-        self._control = ctypes.create_string_buffer(struct.pack("QQQQ", commands, replies, own, 0), 32)
+        self._control = ctypes.create_string_buffer(struct.pack("QQQQ", commands, replies, own, 0), _CONTROL)
         launcher = os.getpid()
         file = _memory_file()
         pid = kernel.fork_into(_CLONE_FILES)
@@ -130,7 +171,9 @@ class Zygote:
                 if os.getppid() == launcher and self._library is not None:
                     self._snapshot(file)
                     address = int(self._library.run_zygote(ctypes.addressof(self._control)))
-                if address:
+                if address == _WAITED:
+                    self._wake()
+                elif address:
                     area = Area(abs(address))
                     self._go_on(area, -1 if address > 0 else _failed(area))
             finally:
@@ -232,10 +275,28 @@ class Zygote:
 
     def _go_on(self, area: Area, failed: int) -> None:
         """In a child: unmap the shared memory and call `live`."""
-        note = ctypes.string_at(area.address + AREA - _NOTE, _NOTE)
-        kernel.munmap(self._base, AREA * (_AREAS + 1))
+        note = ctypes.string_at(area.address + AREA - NOTE, NOTE)
+        kernel.munmap(*self.shared)
+        self._live(note, failed, self._whole_sweep(), None)
+
+    def _wake(self) -> None:
+        """In a child that waited beside its first program: call `live`."""
+        first = First(*struct.unpack_from("3q", self._control, 32))
+        self._live(self._control.raw[_CONTROL - NOTE :], -1, self._whole_sweep(), first)
+
+    def _whole_sweep(self) -> PageSharing | None:
         whole = self._sweep is not None and struct.unpack_from("Q", self._control, 24)[0] <= self._left_at_most
-        self._live(note, failed, self._sweep if whole else None)
+        return self._sweep if whole else None
+
+    @property
+    def shared(self) -> tuple[int, int]:
+        """Address and size of the shared memory."""
+        return self._base, AREA * (_AREAS + 1)
+
+    @property
+    def starts_programs(self) -> bool:
+        """Whether a child can start a first program by itself."""
+        return self._library is not None
 
 
 def _fill(call: tuple[int, ...]) -> tuple[int, ...]:
