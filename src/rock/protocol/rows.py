@@ -169,6 +169,8 @@ def control_rows() -> Iterator[Route]:
     yield row(
         "server_info", "GET", "/v1/server", "control", "Version, isolation and capacity of the server", "", "ServerInfo"
     )
+    yield row("connection", "GET", "/v1/connection", "control",
+              "Upgrade the connection to rock-frames/1, which carries many requests at once")
     yield row("health", "GET", "/healthz", "control", "Responds while the server serves")
     yield row("metrics", "GET", "/metrics", "control", "Metrics of this process, for Prometheus", "", "text")
     yield row(

@@ -119,6 +119,10 @@ class Answer:
         parts, self._parts = self._parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def complete(self, parts: list[bytes]) -> None:
+        """All of the body, of a response that did not come as HTTP."""
+        self._parts, self.received, self.done = parts, True, True
+
     def feed(self, data: bytes) -> None:
         self.received = True
         if self.done:
@@ -236,6 +240,14 @@ class Answer:
         else:
             self._left, self._closing = None, True
         self.status, self.headers = status, headers
+
+
+def upgrade_headers(data: bytes) -> dict[str, str]:
+    """The headers of a response that ends with its head. ServerError."""
+    head, _, rest = data.partition(b"\r\n\r\n")
+    if rest:
+        raise ServerError("malformed answer: more than the head of an upgrade")
+    return _headers(head.decode("latin-1").split("\r\n")[1:])
 
 
 def _headers(lines: list[str]) -> dict[str, str]:

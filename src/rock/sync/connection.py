@@ -99,6 +99,34 @@ class Connection:
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return b""
 
+    # ---- for a caller that reads and writes the socket itself ----
+
+    def encoded(self, data: bytes) -> bytes:
+        """The bytes that the socket sends for `data`."""
+        if self._tls is None:
+            return data
+        self._tls.write(data)
+        return self._outgoing.read()
+
+    def decoded(self, data: bytes) -> tuple[bytes, bool]:
+        """What `data` from the socket means, and whether it is the end. OSError."""
+        if self._tls is None:
+            return data, not data
+        if not data:
+            return b"", True
+        self._incoming.write(data)
+        parts: list[bytes] = []
+        while True:
+            try:
+                part = self._tls.read(TLS_READ_SIZE)
+            except ssl.SSLWantReadError:
+                return b"".join(parts), False
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b"".join(parts), True
+            if not part:
+                return b"".join(parts), True
+            parts.append(part)
+
     def close(self) -> None:
         self.sock.close()
 

@@ -22,7 +22,9 @@ from typing import Any, Self
 import orjson
 
 from rock import errors, settings
+from rock.protocol import multiplexing as wire
 from rock.protocol.routes import (
+    FRAMES_OFFERED,
     LOST_CONTACT,
     NOTHING_BEGUN,
     OTHER_KEY,
@@ -36,6 +38,7 @@ from rock.sync.connection import Connection
 from rock.sync.direct import CONNECT_TIMEOUT as DIRECT_TIMEOUT
 from rock.sync.direct import DirectRequests, at_worker
 from rock.sdk.http import Address, Answer, Source, header_lines
+from rock.sync.multiplexing import Channel, ChannelBroken, channels_of, upgrade
 from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
 from rock.sdk.servers import Servers
@@ -186,6 +189,7 @@ class Transport:
         while True:
             try:
                 server, connection, answer = self._exchange(method, target, body, timeout, key, content_type)
+                assert connection is not None
                 download = Download(server, connection, answer, timeout)
                 if answer.status >= 300:
                     raise failure(answer.status, download.read(limit=1 << 20), self.url)
@@ -214,7 +218,7 @@ class Transport:
         key: str | None,
         content_type: str,
         whole: bool = False,
-    ) -> tuple[_Server, Connection, Answer]:
+    ) -> tuple[_Server, Connection | None, Answer]:
         """With the worker itself where that is possible, else with the first server of the role that takes a
         connection; one that does not is asked last from then on."""
         if self._direct is not None and (direct := self._direct.target(target)) is not None:
@@ -304,6 +308,11 @@ class _Server:
         self._traces = settings.trace()
         self._key = (address.unix or address.host, address.port, address.tls, ssl_context)
         self._place = (address.host, address.port)
+        # Requests with different keys share an upgraded connection: each has its own authorization.
+        self._authorization = given.get("authorization", "").encode("latin-1")
+        rest = header_lines({name: value for name, value in given.items() if name != "authorization"})
+        can_frame = settings.multiplex() and not address.path and os.name != "nt"
+        self._channels = channels_of((self._key, rest, bool(self._authorization))) if can_frame else None
 
     @property
     def url(self) -> str:
@@ -342,23 +351,82 @@ class _Server:
         key: str | None,
         content_type: str,
         whole: bool = False,
-    ) -> tuple[Connection, Answer]:
+    ) -> tuple[Connection | None, Answer]:
         """Send and read, to the end of the answer when `whole` (its connection is then released), else to its head."""
         call = begin(method, target, self._traces)
+        sent = False
+        if whole and self._channels is not None and isinstance(body, bytes) and len(body) <= wire.WINDOW:
+            channel = self._channels.take()
+            if channel is None and self._channels.is_due():
+                channel = self._upgraded()
+            if channel is not None:
+                more = "" if call is None else call.headers
+                answer, sent = self._framed(channel, method, target, body, timeout, key, content_type, more)
+                if answer is not None:
+                    if call is not None:
+                        call.end(answer.status)
+                    return None, answer
         head = self._head(method, target, body, key, content_type, "" if call is None else call.headers)
         if call is None:
-            return self._carry(head, body, timeout, whole)
+            return self._carry(head, body, timeout, whole, sent)
         try:
-            connection, answer = self._carry(head, body, timeout, whole)
+            connection, answer = self._carry(head, body, timeout, whole, sent)
         except BaseException as error:
             call.end(0, f"{type(error).__name__}: {error}")
             raise
         call.end(answer.status)
         return connection, answer
 
-    def _carry(self, head: bytes, body: Body, timeout: float | None, whole: bool) -> tuple[Connection, Answer]:
+    def _upgraded(self) -> Channel | None:
+        """A new upgraded connection; None where the server, or something before it, makes none."""
+        assert self._channels is not None
+        try:
+            connection = Connection.open(self.address, self.connect_timeout, self._ssl_context)
+            own = "" if self._keyed else key_for(self.address)
+            headers = self._common + (header_lines({OTHER_KEY: own}) if own else b"")
+            channel = upgrade(connection, headers, self._authorization)
+        except (OSError, TimeoutError, errors.ServerError):
+            self._channels.refused()
+            return None
+        channel.claim()
+        self._channels.opened(channel)
+        return channel
+
+    def _framed(
+        self, channel: Channel, method: str, target: str, body: bytes, timeout: float | None, key: str | None,
+        content_type: str, more: str,
+    ) -> tuple[Answer | None, bool]:  # fmt: skip
+        """The response over an upgraded connection; None and True when the connection broke before it came, so that the
+        request has to be sent again."""
+        assert self._channels is not None
+        headers = []
+        if content_type != "application/json" and body:
+            headers.append((b"content-type", content_type.encode("ascii")))
+        if self._authorization != channel.authorization:
+            headers.append((b"authorization", self._authorization))
+        for line in more.splitlines():
+            name, _, value = line.partition(": ")
+            headers.append((name.encode("ascii"), value.encode("latin-1")))
+        given = b"" if method == "GET" else (key or os.urandom(16).hex()).encode("ascii")
+        try:
+            return channel.ask(method, target.encode("ascii"), body, given, headers, timeout), True
+        except ChannelBroken:
+            return None, True
+        except TimeoutError:
+            raise errors.Unavailable(
+                f"{self.url} did not respond within {timeout} seconds", hint="try again, or increase the timeout"
+            ) from None
+        except OSError:
+            return None, True
+        finally:
+            self._channels.give(channel)
+
+    def _carry(
+        self, head: bytes, body: Body, timeout: float | None, whole: bool, sent: bool = False
+    ) -> tuple[Connection, Answer]:
+        """sent: it was sent already over a connection that broke."""
         connection = POOL.take((primitives.scope(), self._key))
-        kept, sent = connection is not None, False
+        kept = connection is not None
         while True:
             if connection is None:
                 try:
@@ -373,6 +441,8 @@ class _Server:
                 self._read(connection, answer, timeout, whole)
                 if not kept and self._place not in _REACHED:
                     _REACHED.add(self._place)
+                if self._channels is not None and not self._channels.offered:
+                    self._channels.offered = answer.headers.get(FRAMES_OFFERED) == "1"
                 return connection, answer
             except TimeoutError:
                 connection.close()
