@@ -65,7 +65,7 @@ class Channel:
         self._number = 0
         self._problem = ""
         self._retired = False
-        self._used = time.monotonic()
+        self._used = self._received = time.monotonic()
 
     def claim(self) -> bool:
         """Whether the caller may use it: it belongs to the event loop of the caller from now on."""
@@ -102,8 +102,12 @@ class Channel:
         self._calls[number] = call
         try:
             self._socket.send(self._connection.encoded(frame), len(self._calls) > 1)
-            if not call.done:
-                self._socket.wait(call, timeout)
+            while not call.done:
+                try:
+                    self._socket.wait(call, timeout)
+                except TimeoutError:
+                    if timeout is None or not self._is_coming(call, timeout):
+                        raise
         except OSError as error:
             if not isinstance(error, TimeoutError):
                 self._break(str(error))
@@ -120,6 +124,11 @@ class Channel:
         self.served = True
         return call.answer
 
+    def _is_coming(self, call: Call, timeout: float) -> bool:
+        """Whether a part of the response has come, the last one within `timeout` seconds."""
+        begun = bool(call.parts) or self._reader.incomplete
+        return begun and time.monotonic() - self._received < timeout
+
     def _leave(self, number: int) -> None:
         """The caller does not wait any more."""
         if not self._socket.shared:
@@ -135,6 +144,7 @@ class Channel:
             data = self._socket.receive(max(READ_SIZE, self._reader.missing))
             if data is None:
                 return
+            self._received = time.monotonic()
             data, ended = self._connection.decoded(data)
             for frame in self._reader.feed(data):
                 self._take(*frame)

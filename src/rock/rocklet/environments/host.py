@@ -293,7 +293,8 @@ class EnvHost:
         frame with the id of its request.
         """
         for _, _, number, *_ in asked:
-            await self.pipe_lending.at_home(number)
+            if self._exchange.is_lent(number):
+                await self.pipe_lending.at_home(number)
         batch = Batch(len(asked))
         for place, (op, flags, number, id, index, payload) in enumerate(asked):
             try:
@@ -303,7 +304,8 @@ class EnvHost:
                 self._exchange.send(batch, place, op, flags, number, id, index, payload)
             except RockError as error:
                 batch.put(place, error)
-        return await batch.future
+        self._exchange.expect(batch, asked)
+        return await batch.future if batch.left else batch.answers
 
     def environments(self) -> dict[int, str]:
         """Numbers and ids of the existing environments."""
