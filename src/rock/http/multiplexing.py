@@ -421,7 +421,7 @@ class MultiplexedConnection(asyncio.Protocol):
                  "state": common["state"].copy()}  # fmt: skip
         exchange = Exchange(self, number, body, whole, window)
         exchange.headless = method == "HEAD"
-        if len(self._exchanges) >= MOST_REQUESTS:
+        if len(self._exchanges) >= MOST_REQUESTS and self._is_full():
             exchange.fail(QuotaExceeded(f"this connection has {MOST_REQUESTS} requests without a response",
                                         hint="wait for responses, or open another connection"))  # fmt: skip
             return
@@ -431,6 +431,11 @@ class MultiplexedConnection(asyncio.Protocol):
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _is_full(self) -> bool:
+        """A handler may end a moment after its response."""
+        waiting = sum(not exchange.complete for exchange in self._exchanges.values())
+        return waiting >= MOST_REQUESTS or len(self._exchanges) >= 2 * MOST_REQUESTS
 
     def _parsed(self, target: bytes) -> tuple[str, bytes, bytes]:
         """(path, raw path, query). Malformed."""
