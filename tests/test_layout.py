@@ -16,11 +16,11 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 665,
+    "modules": 667,
     "largest_module_lines": 600,
     "largest_folder": 20,
     "folders_above_20": 0,
-    "small_modules": 47,  # below 60 lines
+    "small_modules": 46,  # below 60 lines
     "type_checking_blocks": 9,
     "type_only_imports": 16,
     "function_imports": 75,

@@ -64,8 +64,8 @@ class App:
         await self._say(send, 200, b"%d" % count)
 
     async def about(self, scope: Any, receive: Any, send: Any) -> None:
-        told = {name: scope[name] for name in ("method", "path", "raw_path", "query_string", "headers", "type")}
-        await self._say(send, 200, repr(told).encode())
+        seen = {name: scope[name] for name in ("method", "path", "raw_path", "query_string", "headers", "type")}
+        await self._say(send, 200, repr(seen).encode())
 
     async def wait(self, scope: Any, receive: Any, send: Any) -> None:
         await receive()
@@ -207,10 +207,10 @@ def test_requests_and_responses(new_loop: Any) -> None:
             client.ask(1, "/echo", b"body")
             assert await client.answer(1) == (200, [(b"x-own", b"1")], b"body"), "JSON is the usual type"
             client.ask(7, "/about/%41%2f?a=b&c", b"xy", method="PUT", key=b"the key")
-            told = eval((await client.answer(7))[2])  # of our own test
-            assert (told["method"], told["path"], told["query_string"]) == ("PUT", "/about/A/", b"a=b&c")
-            assert told["raw_path"] == b"/about/%41%2f" and told["type"] == "http"
-            headers = told["headers"]
+            seen = eval((await client.answer(7))[2])  # of our own test
+            assert (seen["method"], seen["path"], seen["query_string"]) == ("PUT", "/about/A/", b"a=b&c")
+            assert seen["raw_path"] == b"/about/%41%2f" and seen["type"] == "http"
+            headers = seen["headers"]
             assert (b"x-common", b"yes") in headers and (b"idempotency-key", b"the key") in headers
             assert (b"authorization", b"Bearer one") in headers and (b"content-length", b"2") in headers
             assert (b"content-type", b"application/json") in headers
@@ -291,7 +291,7 @@ def test_a_canceled_request_and_one_whose_connection_ends(new_loop: Any) -> None
 
 async def until(what: Any) -> None:
     async with asyncio.timeout(60):
-        while not what():
+        while not what():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.01)
 
 
@@ -423,7 +423,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_client_is_told_why_and_disconnected(name: str) -> None:
+def test_a_hostile_client_learns_why_and_disconnected(name: str) -> None:
     async def work() -> None:
         app = App()
         async with serving(app) as port:

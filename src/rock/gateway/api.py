@@ -1,4 +1,4 @@
-"""The management routes of the gateway: runs, calls, pull mode, upstreams; rows of protocol/gateway_rows.py."""
+"""The management routes of the gateway: runs, calls, pull mode, upstreams; rows of protocol/rows.py."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from rock.gateway.export import export
 from rock.gateway.runs import Call, Run, request_of, restored
 from rock.gateway.service import Gateway, may_use_private_addresses
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
-from rock.protocol.gateway_rows import ENDPOINT, NDJSON, gateway_rows
 from rock.protocol.keys import caller_of
 from rock.protocol.routes import IDEMPOTENCY_KEY
+from rock.protocol.rows import ENDPOINT, NDJSON, gateway_rows
 from rock.protocol.runs import (
     NAME_PATTERN,
     AnswerCall,

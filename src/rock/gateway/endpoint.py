@@ -30,7 +30,7 @@ from rock.gateway.upstreams import Upstream
 from rock.http.asgi import Answer, Disconnected, Receive, Request, Scope, Send, failure, refuse_upgrade
 from rock.http.client import Headers
 from rock.http.peers import PEER
-from rock.protocol.gateway_rows import ENDPOINT
+from rock.protocol.rows import ENDPOINT
 
 _GEMINI = re.compile(r"/v1(?:beta|alpha)?/models/([^/:]+(?:/[^/:]+)*):([A-Za-z]+)")
 _POSTS = {

@@ -61,7 +61,8 @@ def pack_headers(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def request(
-    method: str, target: bytes, key: bytes, body: bytes, number: int, *, headers: bytes = b"", window: int, end: bool = True,
+    method: str, target: bytes, key: bytes, body: bytes, number: int, *, headers: bytes = b"", window: int,
+    end: bool = True,
 ) -> bytes:  # fmt: skip
     """The frame of a request. headers: of `pack_headers`. ValueError for a target, key or headers that are too long."""
     try:

@@ -1,5 +1,5 @@
 """The route table of the native wire protocol, shared by server, client and docs, and its headers and frames. Its rows
-are in rows.py, gateway_rows.py and node_rows.py.
+are in rows.py and node_rows.py.
 
 Bodies are JSON unless a row says "raw". A response that is not 2xx is `RockError.to_wire()`. Every mutating request may
 have an `Idempotency-Key`; the same key gets the same response. API keys are sent as `Authorization: Bearer KEY`; the
@@ -31,10 +31,9 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Literal
 
-from rock.protocol.gateway_rows import ENDPOINT, gateway_rows
 from rock.protocol.node_rows import node_rows
 from rock.protocol.route import Route
-from rock.protocol.rows import control_rows, data_rows
+from rock.protocol.rows import ENDPOINT, control_rows, data_rows, gateway_rows
 
 IDEMPOTENCY_KEY = "idempotency-key"
 STREAM_TYPE = "application/x-rock-stream"

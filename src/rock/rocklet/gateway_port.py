@@ -25,8 +25,8 @@ from uvicorn.server import ServerState
 from rock.errors import RockError, SandboxError, Unsupported
 from rock.http.asgi import App, Receive, Scope, Send, refuse_upgrade
 from rock.http.connections import Admission, HttpConnection
-from rock.protocol.gateway_rows import ENDPOINT
 from rock.protocol.routes import CALL, EPOCH, FENCE, HANDED_ON, OTHER_KEY
+from rock.protocol.rows import ENDPOINT
 from rock.runtime.base import Handle, Listens, Runtime
 
 log = logging.getLogger("rock.gateway")

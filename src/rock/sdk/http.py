@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
-from rock.errors import InvalidConfig, ServerError, Unavailable
+import orjson
+
+from rock.errors import InvalidConfig, RockError, ServerError, Unavailable, from_wire
 from rock.protocol.routes import SENT
 
 HEAD_LIMIT = 64 << 10
@@ -262,3 +264,22 @@ def _headers(lines: list[str]) -> dict[str, str]:
             raise ServerError("malformed answer: two lengths")
         headers[name] = value
     return headers
+
+
+def decode(raw: bytes) -> Any:
+    """JSON of an answer; ServerError when it is none."""
+    try:
+        return orjson.loads(raw) if raw else None
+    except orjson.JSONDecodeError:
+        raise ServerError(f"malformed answer: {raw[:80]!r} is not JSON") from None
+
+
+def failure(status: int, body: bytes, url: str) -> RockError:
+    """The error that an answer stands for."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        content = body.decode("utf-8", "replace")
+    if status < 400:
+        return ServerError(f"{url} answered with a redirection ({status}), which is not followed")
+    return from_wire(content, status)

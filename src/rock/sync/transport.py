@@ -34,10 +34,10 @@ from rock.protocol.routes import (
     role_for,
 )
 from rock.sync import primitives
-from rock.sync.connection import Connection
+from rock.sync.connection import Connection, send_source, tls_hint, tls_problem
 from rock.sync.direct import CONNECT_TIMEOUT as DIRECT_TIMEOUT
 from rock.sync.direct import DirectRequests, at_worker
-from rock.sdk.http import Address, Answer, Source, header_lines
+from rock.sdk.http import Address, Answer, Source, decode, failure, header_lines
 from rock.sync.multiplexing import Channel, ChannelBroken, channels_of, upgrade
 from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
@@ -473,7 +473,7 @@ class _Server:
             message = f"nothing answers at {self.url} within {self.connect_timeout} seconds"
             raise errors.Unavailable(message, hint=self._hint(), details=UNSENT) from None
         except ssl.SSLError as error:
-            raise errors.Unavailable(f"no TLS connection to {self.url}: {_tls_problem(error)}", hint=_tls_hint(error),
+            raise errors.Unavailable(f"no TLS connection to {self.url}: {tls_problem(error)}", hint=tls_hint(error),
                                      details={**UNSENT, "tls": True}) from error  # fmt: skip
         except ConnectionRefusedError:
             raise errors.Unavailable(f"no ROCK server at {self.url}", hint=self._hint(), details=UNSENT) from None
@@ -495,7 +495,7 @@ class _Server:
                     connection.send(body, limit)
                 return
             connection.send(head, limit)
-            _send_source(connection, body, limit)
+            send_source(connection, body, limit)
         except (BrokenPipeError, ConnectionResetError):
             self._refusal(connection, answer, timeout)
 
@@ -596,55 +596,3 @@ class Download:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _send_source(connection: Connection, body: Source, timeout: float | None) -> None:
-    chunks = body.chunks()
-    left = body.size
-    while chunk := primitives.in_thread(next, chunks, b""):
-        if left is None:
-            connection.send(b"%x\r\n" % len(chunk), timeout)
-            connection.send(chunk, timeout)
-            connection.send(b"\r\n", timeout)
-            continue
-        left -= len(chunk)
-        if left < 0:
-            raise errors.ClientError("the file grew while it was being sent")
-        connection.send(chunk, timeout)
-    if left is None:
-        connection.send(b"0\r\n\r\n", timeout)
-    elif left:
-        raise errors.ClientError("the file shrank while it was being sent")
-
-
-def decode(raw: bytes) -> Any:
-    """JSON of an answer; ServerError when it is none."""
-    try:
-        return orjson.loads(raw) if raw else None
-    except orjson.JSONDecodeError:
-        raise errors.ServerError(f"malformed answer: {raw[:80]!r} is not JSON") from None
-
-
-def failure(status: int, body: bytes, url: str) -> errors.RockError:
-    """The error that an answer stands for."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        content = body.decode("utf-8", "replace")
-    if status < 400:
-        return errors.ServerError(f"{url} answered with a redirection ({status}), which is not followed")
-    return errors.from_wire(content, status)
-
-
-def _tls_problem(error: ssl.SSLError) -> str:
-    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-        return "the server does not use TLS on this port"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not valid: {error.verify_message}"
-    return str(error)
-
-
-def _tls_hint(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return "set SSL_CERT_FILE to the certificate of its authority, and use a host name of its certificate"
-    return "use http:// in base_url, or start the server with --tls-cert and --tls-key"

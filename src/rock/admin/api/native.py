@@ -36,11 +36,11 @@ from rock.protocol import recordings as recording_messages
 from rock.protocol import snapshots as snapshot_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
-from rock.protocol.gateway_rows import gateway_rows
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import CreateVolume, EnvList, SandboxList, VolumeInfo, VolumeList, WorkerInfo, WorkerList
 from rock.protocol.route import Route
 from rock.protocol.routes import IDEMPOTENCY_KEY, METHODS, ROUTES
+from rock.protocol.rows import gateway_rows
 from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 

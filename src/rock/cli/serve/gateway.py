@@ -12,9 +12,9 @@ from rock.gateway.api import GatewayRoutes
 from rock.gateway.service import Gateway, Limits
 from rock.http.asgi import App, Receive, Scope, Send, call
 from rock.http.forwarding import RemoteApp, first_reached
-from rock.protocol.gateway_rows import ENDPOINT
 from rock.protocol.keys import OPERATOR
 from rock.protocol.routes import ROUTES
+from rock.protocol.rows import ENDPOINT
 from rock.settings import Settings
 
 

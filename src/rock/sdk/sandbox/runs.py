@@ -10,8 +10,8 @@ from typing import Any, Self
 import orjson
 from pydantic import ValidationError
 
-from rock.protocol.gateway_rows import NDJSON
 from rock.protocol.routes import ROUTES
+from rock.protocol.rows import NDJSON
 from rock.protocol.runs import (
     AnswerCall,
     CallInfo,
