@@ -42,8 +42,13 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @pytest.fixture(autouse=True)
 def unused() -> Iterator[None]:
-    """No connections of an earlier test."""
+    """No connections of an earlier test, and none for a later one."""
+    _forget()
     yield
+    _forget()
+
+
+def _forget() -> None:
     for module in (of_sync, of_async):
         module.clear()
         module._KNOWN.clear()

@@ -38,7 +38,7 @@ from rock.sync.connection import Connection, send_source, tls_hint, tls_problem
 from rock.sync.direct import CONNECT_TIMEOUT as DIRECT_TIMEOUT
 from rock.sync.direct import DirectRequests, at_worker
 from rock.sdk.http import Address, Answer, Source, decode, failure, header_lines
-from rock.sync.multiplexing import Channel, ChannelBroken, channels_of, upgrade
+from rock.sync.multiplexing import Channel, channels_of, upgrade
 from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
 from rock.sdk.servers import Servers
@@ -410,8 +410,6 @@ class _Server:
         given = b"" if method == "GET" else (key or os.urandom(16).hex()).encode("ascii")
         try:
             return channel.ask(method, target.encode("ascii"), body, given, headers, timeout), True
-        except ChannelBroken:
-            return None, True
         except TimeoutError:
             raise errors.Unavailable(
                 f"{self.url} did not respond within {timeout} seconds", hint="try again, or increase the timeout"

@@ -12,9 +12,7 @@ import json
 import os
 import secrets
 import signal
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rock.errors import (
@@ -28,15 +26,12 @@ from rock.errors import (
     SandboxError,
 )
 from rock.guest.environments import frames, host
-from rock.guest.environments.frames import ENDED, ERROR, FORK, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, Frame
+from rock.guest.environments.frames import ENDED, ERROR, FORK, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN
 from rock.protocol.env import error_of
 from rock.rocklet.environments.pipes import HostPipes
 from rock.rocklet.environments.registry import Answered, Batch, Call, Hosted, LentPipes, Names, Owners
 from rock.runtime.base import ExitStatus, Process
 
-_MOMENT = 1e-4  # seconds of a poll, which stops the event loop
-_MOST_POLLED = 64  # environments
-_SKIPPED, _MOST_SKIPPED = 31, 1023
 IN_USE = "wait until it is released, or open another environment"  # hint of errors
 
 
@@ -59,8 +54,6 @@ class Exchange:
         self._calls: dict[int, Call] = {}
         self._next_id = secrets.randbits(40)  # responses to an earlier rocklet process never match our requests
         self._ending: asyncio.Task[None] | None = None
-        self._skip = 0 if _processors() > 1 else sys.maxsize  # requests without a poll
-        self._in_vain = 0  # consecutive polls without success
 
     # ---- connection to the host ----
 
@@ -165,26 +158,6 @@ class Exchange:
         """Whether a client on this machine has the pipes of an environment."""
         hosted = self.envs.get(number)
         return hosted is not None and hosted.lent is not None
-
-    def expect(self, batch: Batch, asked: Sequence[Frame]) -> None:
-        """Poll for the responses for a moment, because a wake-up of this process takes longer than most steps. Not
-        after polls without success, nor while other requests wait here: their responses need the event loop."""
-        if self._skip:
-            self._skip -= 1
-            return
-        if not batch.left or self.link is None or len(self._calls) > batch.left or len(asked) > _MOST_POLLED:
-            return
-        pipes = {hosted.pipe for frame in asked if (hosted := self.envs.get(frame[2])) is not None}
-        readers = [self.link.own[pipe + host.OWN] for pipe in pipes if pipe is not None]
-        end = time.perf_counter() + _MOMENT
-        while batch.left:
-            for reader in readers:
-                reader.read()
-            if time.perf_counter() > end:
-                self._skip = min(_SKIPPED << self._in_vain, _MOST_SKIPPED)
-                self._in_vain = min(self._in_vain + 1, 5)
-                return
-        self._in_vain = 0
 
     def fork(self, number: int, children: dict[int, dict[str, Any]], reseed: bool) -> Batch:
         """Fork an environment. children: the fields of MAKE by the numbers of the children, which are in `envs`.
@@ -353,11 +326,6 @@ class Exchange:
             if hosted.timer is not None:
                 hosted.timer.cancel()
                 hosted.timer = None
-
-
-def _processors() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def framed(op: int, number: int, id: int, index: int, payload: bytes) -> bytes:

@@ -304,8 +304,7 @@ class EnvHost:
                 self._exchange.send(batch, place, op, flags, number, id, index, payload)
             except RockError as error:
                 batch.put(place, error)
-        self._exchange.expect(batch, asked)
-        return await batch.future if batch.left else batch.answers
+        return await batch.future
 
     def environments(self) -> dict[int, str]:
         """Numbers and ids of the existing environments."""

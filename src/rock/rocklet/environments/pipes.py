@@ -158,7 +158,7 @@ class FrameReader:
         self.start()
 
     def start(self) -> None:
-        asyncio.get_running_loop().add_reader(self._fd, self.read)
+        asyncio.get_running_loop().add_reader(self._fd, self._read)
 
     def seek(self, token: bytes) -> None:
         """Skip all data up to the end of this token, and clear the error state."""
@@ -169,7 +169,7 @@ class FrameReader:
 
     def drain(self) -> None:
         """Read the available data, and drop an incomplete frame, which will not be completed."""
-        while self.read():
+        while self._read():
             pass
         self._seeking = None
         self._buffer = bytearray()
@@ -179,8 +179,7 @@ class FrameReader:
     def stop(self) -> None:
         asyncio.get_running_loop().remove_reader(self._fd)
 
-    def read(self) -> bool:
-        """Read what is available, and deliver the frames that it completes. False where nothing is."""
+    def _read(self) -> bool:
         try:
             if self._filled is not None:
                 return self._fill(self._filled)
