@@ -71,8 +71,7 @@ unless it is set |
 period |
 | ROCK_DIRECT | machine | where clients send requests to the worker of a sandbox instead of the proxy: off; machine: \
 the processes of --workers; all: also workers that joined by an address. In a client: off never does so |
-| ROCK_MULTIPLEX | on | off: a server accepts no upgraded connections, which carry many requests at once; a client \
-uses none |
+| ROCK_MULTIPLEX | on | off: a server accepts no upgraded connections (docs/reference/frames.md); a client uses none |
 | ROCK_SCHEDULER | local | "ray": a Ray cluster decides the placement, docs/guides/ray.md; "kubernetes": one pod for \
 each sandbox, docs/guides/kubernetes.md |
 | ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
