@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,11 @@ from rock.cli.serve.serve import http_over, listen
 from rock.http import multiplexing
 from rock.protocol import multiplexing as wire
 from rock.protocol.multiplexing import ABORT, CANCEL, CLOSE, CREDIT, DATA, END, HEAD, LIMIT, NAME, RESPONSE, WINDOW
+from rock.sdk import multiplexing as async_channels
+from rock.sdk import transport as of_async
+from rock.settings import Settings
+from rock.sync import multiplexing as sync_channels
+from rock.sync import transport as of_sync
 
 fuzz = settings(
     max_examples=int(os.environ.get("ROCK_TEST_FUZZ", "60")), deadline=None,
@@ -107,9 +116,9 @@ class App:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: App) -> AsyncIterator[int]:
+async def serving(app: App, settings_: Settings | None = None) -> AsyncIterator[int]:
     listener = listen("127.0.0.1", 0)
-    http = http_over(app)
+    http = http_over(app, settings_, frames=True)
     task = asyncio.create_task(http.serve(sockets=[listener]))
     try:
         yield listener.getsockname()[1]
@@ -385,6 +394,42 @@ def test_a_client_that_does_not_read_stops_itself(new_loop: Any) -> None:
             await until(lambda: app.under_way == 0)
 
     run(new_loop, work)
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_the_sdk_over_tls(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    trusting = ssl.create_default_context(cafile=str(cert))
+    bodies = [os.urandom(size) for size in (0, 1, 10, 1000, 20_000, 70_000, 200_000)] * 3
+
+    def block(url: str) -> list[bytes]:
+        transport = of_sync.Transport(url, ssl_context=trusting)
+        return [transport.call("POST", "/echo", body) for body in bodies]
+
+    async def work() -> None:
+        app = App()
+        async with serving(app, Settings(tmp_path, tls_cert=str(cert), tls_key=str(key))) as port:
+            url = f"https://127.0.0.1:{port}"
+            assert await asyncio.to_thread(block, url) == bodies
+            transport = of_async.Transport(url, ssl_context=trusting)
+            for _ in range(5):
+                await transport.call("POST", "/echo", b"x")
+            assert await asyncio.gather(*(transport.call("POST", "/echo", body) for body in bodies)) == bodies
+            channels = [*async_channels._KNOWN.values(), *sync_channels._KNOWN.values()]
+            assert [len(found._all) for found in channels if found.offered] == [1, 1]
+            async_channels.clear()
+            sync_channels.clear()
+            of_async.POOL.clear()
+            of_sync.POOL.clear()
+
+    async_channels._KNOWN.clear()
+    sync_channels._KNOWN.clear()
+    run(uvloop.new_event_loop, work)
 
 
 HOSTILE = {
