@@ -71,6 +71,7 @@ unless it is set |
 period |
 | ROCK_DIRECT | machine | where clients send requests to the worker of a sandbox instead of the proxy: off; machine: \
 the processes of --workers; all: also workers that joined by an address. In a client: off never does so |
+| ROCK_MULTIPLEX | on | off: a server accepts no upgraded connections (docs/reference/frames.md); a client uses none |
 | ROCK_SCHEDULER | local | "ray": a Ray cluster decides the placement, docs/guides/ray.md; "kubernetes": one pod for \
 each sandbox, docs/guides/kubernetes.md |
 | ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
@@ -191,6 +192,11 @@ def client_file(path: str) -> dict[str, str]:
 def direct() -> bool:
     """ROCK_DIRECT: whether the SDK sends requests to workers, where the server permits it."""
     return os.environ.get("ROCK_DIRECT", "") != "off"
+
+
+def multiplex() -> bool:
+    """ROCK_MULTIPLEX: whether the SDK upgrades connections, where the server permits it."""
+    return os.environ.get("ROCK_MULTIPLEX", "") != "off"
 
 
 def trace() -> bool:
@@ -347,6 +353,7 @@ class Settings:
     tunnel: str = ""
     advertise: str = ""
     direct: str = "machine"
+    multiplex: str = "on"
     direct_host: str = field(default="", metadata={"internal": True})
     scheduler: str = "local"
     ray_address: str = ""
@@ -490,6 +497,7 @@ class Settings:
             ("tunnel", str),
             ("advertise", str),
             ("direct", str),
+            ("multiplex", str),
             ("scheduler", str),
             ("ray_address", str),
             ("ray_home", str),
@@ -572,7 +580,7 @@ class Settings:
         cpus = values.get("e2b_cpus", 2.0)
         if not isinstance(cpus, int | float) or not 0 < cpus <= 4096:
             raise ValueError(f"ROCK_E2B_CPUS={cpus} is not above 0 and at most 4096")
-        for name, usual in (("ui", "on"), ("e2b", "on"), ("tunnel", "off")):
+        for name, usual in (("ui", "on"), ("e2b", "on"), ("multiplex", "on"), ("tunnel", "off")):
             if values.get(name, usual) not in ("on", "off"):
                 raise ValueError(f"ROCK_{name.upper()}={values[name]!r} is neither on nor off")
         days = values.get("audit_days", 90.0)

@@ -13,7 +13,7 @@ from tests.conftest import RunningServer
 
 from rock.errors import ClientError, InvalidConfig, StorageFull
 from rock.guest.init.files import BATCH, BATCH_ENTRIES
-from rock.protocol import tar
+from rock.protocol.formats import tar
 from rock.sync import Sandbox, SandboxConfig
 
 

@@ -12,6 +12,7 @@ import hmac
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from rock.admin.preflight import is_loopback
 from rock.admin.tenants import Keys
@@ -230,6 +231,7 @@ _HINT = ("use the account that started the server, or send the key that is in ow
          "X-ROCK-API-Key (SDK and CLI: ROCK_API_KEY), or start the server with ROCK_API_KEY")  # fmt: skip
 # Pages of programs inside have an origin of their own (rocklet/ports.py): their requests are cross-site.
 _PORTS = re.compile(r"/v1/sandboxes/[^/]+/ports/|/apis/envs/sandbox/v1/sandboxes/[^/]+/(?:proxy|vnc)(?:/|$)")
+_LONGEST_HOST = 300  # bytes
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]@/?#\s]*)(?::[0-9]{1,5})?")
 
 
@@ -244,17 +246,25 @@ def check_host(scope: Scope, names: frozenset[str]) -> None:
     found = [value for name, value in scope["headers"] if name == b"host"]
     if not found and scope.get("http_version") == "1.0":
         return
-    text = found[0].decode("latin-1") if len(found) == 1 else ""
-    match = _HOST.fullmatch(text)
-    name = str(match[1]).strip("[]").lower().rstrip(".") if match is not None else ""
-    if not name or not (is_loopback(name) or name in names):
+    if len(found) != 1 or len(found[0]) > _LONGEST_HOST or not _is_named(found[0], names):
+        text = found[0].decode("latin-1") if len(found) == 1 else ""
         shown = f"header Host: {text[:100]!r} is no name of this server" if found else "the request has no header Host"
         raise Unauthorized(
             shown, hint="use a loopback address, or add the name to ROCK_PUBLIC_NAMES of the server")
 
 
+@lru_cache(maxsize=256)
+def _is_named(host: bytes, names: frozenset[str]) -> bool:
+    """Whether a header Host has one of `names`, or a name of loopback."""
+    match = _HOST.fullmatch(host.decode("latin-1"))
+    name = str(match[1]).strip("[]").lower().rstrip(".") if match is not None else ""
+    return bool(name) and (is_loopback(name) or name in names)
+
+
 def check_origin(scope: Scope) -> None:
     """Unauthorized for requests from a page of another origin."""
+    if not any(name == b"origin" or name.startswith(b"sec-fetch-") for name, _ in scope["headers"]):
+        return
     origins = [value for name, value in scope["headers"] if name == b"origin"]
     host = next((value for name, value in scope["headers"] if name == b"host"), b"")
     scheme = b"https" if scope["scheme"] in ("https", "wss") else b"http"

@@ -34,6 +34,7 @@ _PACKET = 64 << 10
 _PLAYING = 5.0  # seconds between two keep-alive messages
 _WAIT = 20.0  # seconds of one wait, after which a keep-alive message is due
 _MOMENT = 1e-3  # seconds
+_SLEEPS = 2e-3  # seconds after a response for which an environment spins: `_MOMENT` of guest/environments/worker.py
 _SKIPPED, _MOST_SKIPPED = 31, 1023
 _KNOCK = 5.0  # timeout in seconds for the connection, and for the reason of a kill
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -141,6 +142,8 @@ class LocalTransport:
         self._sign = 0.0
         self._skip = 0 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize  # requests until the next spin
         self._in_vain = 0  # consecutive unsuccessful spins
+        self._over = 0.0  # when the last response had come
+        self._rested = False  # the environment does not spin any more
         self._server_poll = self._poll(None, 0)
         self._readable = self._poll(answers, select.POLLIN)
         self._writable = self._poll(requests, select.POLLOUT)
@@ -190,6 +193,7 @@ class LocalTransport:
             self._deadline = now + self._timeout
             if now - self._sign > _PLAYING:
                 self._say({"playing": True}, now)
+            self._rested = now - self._over > _SLEEPS
             self._id += 1
             self._op = op
             length = sum(len(part) for part in parts)
@@ -210,6 +214,7 @@ class LocalTransport:
             while True:
                 found = self._answer(self._frame())
                 if found is not None:
+                    self._over = time.monotonic()
                     return found
                 self._in_time()
         except BaseException:
@@ -334,7 +339,10 @@ class LocalTransport:
 
     def _at_once(self) -> bytes | None:
         """Spin briefly for data: waking a sleeping process takes longer than most environments' steps. For a slow
-        environment, wait asleep, and spin again periodically."""
+        environment, wait asleep, and spin again periodically. An environment that sleeps is not spun for: it would be
+        woken on this processor, and wait until the spin ends."""
+        if self._rested:
+            return None
         if self._skip:
             self._skip -= 1
             return None

@@ -278,6 +278,7 @@ def fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
     return values
 
 
+_MATCHED, _LONGEST_PATH = 1024, 300  # paths of a router that are remembered, and their length
 Found = tuple[Handler | SocketHandler, dict[str, str], Route]
 
 
@@ -291,8 +292,10 @@ class Router:
         self.name = name
         self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler, Route]]] = {}
         self._tails: list[tuple[str, tuple[str, ...], Handler | SocketHandler, Route]] = []
+        self._known: dict[tuple[str, str], Found | None] = {}
 
     def add(self, route: Route, handler: Handler | SocketHandler) -> None:
+        self._known.clear()
         parts = tuple(route.path.split("/"))
         if route.tail:
             self._tails.append((route.method, parts[:-1], handler, route))
@@ -300,7 +303,18 @@ class Router:
         self._rows.setdefault((route.method, len(parts)), []).append((parts, handler, route))
 
     def match(self, method: str, path: str) -> Found | None:
-        """The handler of a row, the path variables, and the row."""
+        """The handler of a row, the path variables, and the row. Equal paths share the variables."""
+        try:
+            return self._known[method, path]
+        except KeyError:
+            found = self._search(method, path)
+        if len(path) <= _LONGEST_PATH:
+            if len(self._known) >= _MATCHED:
+                self._known.clear()
+            self._known[method, path] = found
+        return found
+
+    def _search(self, method: str, path: str) -> Found | None:
         given = path.split("/")
         for parts, handler, route in self._rows.get((method, len(given)), ()):
             values = fit(parts, given)

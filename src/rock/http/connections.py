@@ -24,17 +24,20 @@ from __future__ import annotations
 import time
 from asyncio import BaseTransport, TimerHandle
 from collections import OrderedDict
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from rock.errors import ClientError, InvalidConfig, RockError, Unavailable
 from rock.http.event_loop import BUDGET, rounds
 from rock.http.fair_queue import PLACE, QueuePlace
+from rock.http.multiplexing import UPGRADE, MultiplexedConnection
 from rock.http.peers import PEER, Peer
+from rock.protocol.formats.multiplexing import NAME
 from rock.protocol.routes import ERROR_CODE
 
 HEAD_LIMIT = 64 << 10  # bytes
@@ -248,6 +251,8 @@ class HttpConnection(HttpToolsProtocol):
         if not self._chunked:
             self._counted = self._announced
         super().on_headers_complete()
+        if self.parser.should_upgrade() and self._get_upgrade() == NAME.encode():
+            self._offer(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._silent = 0
@@ -313,6 +318,38 @@ class HttpConnection(HttpToolsProtocol):
         self._no_deadline()
         self._upgraded = Upgraded(lambda: self._admission.leave(self), **given)
         return self._upgraded
+
+    def _offer(self, cycle: RequestResponseCycle) -> None:
+        """The client asks for frames: a response with the status 101 hands the socket to them."""
+        self.scope[UPGRADE] = NAME  # type: ignore[literal-required]
+        send = cycle.send
+
+        async def switch(message: Any) -> None:
+            if message.get("status") == 101:
+                self._switch(cycle, message["headers"])
+            elif not cycle.response_complete:
+                await send(message)
+
+        cycle.send = switch  # type: ignore[method-assign]
+
+    def _switch(self, cycle: RequestResponseCycle, headers: list[tuple[bytes, bytes]]) -> None:
+        if cycle.disconnected or self.transport.is_closing() or self.pipeline:
+            return
+        self._no_deadline()
+        self._unset_keepalive_if_required()
+        cycle.response_started = cycle.response_complete = True
+        self.connections.discard(self)
+        told = [b"%s: %s\r\n" % header for header in headers if header[0] not in (b"content-length", b"content-type")]
+        common = {name: value for name, value in cycle.scope.items() if name not in (PLACE, UPGRADE)}
+        left = partial(self._admission.leave, self)
+        framed = MultiplexedConnection(self.app, self.transport, self.loop, common, self.headers,
+                                       self.server_state, left)  # fmt: skip
+        self.transport.write(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: %s\r\n%s\r\n"
+                             % (NAME.encode(), b"".join(told)))  # fmt: skip
+        self.transport.set_protocol(framed)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """A request with another header Upgrade is served as one without it."""
 
     def shutdown(self) -> None:
         """The server stops: waiting requests get an error response."""

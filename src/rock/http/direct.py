@@ -26,7 +26,7 @@ import orjson
 from rock.errors import Forbidden, RockError, Unauthorized, no_such_route
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, deny, failure
 from rock.protocol.keys import GRANTED, Access, Caller
-from rock.protocol.routes import BUILD, CALL, DIRECT, OTHER_KEY, PREFIX, ROUTES, is_data
+from rock.protocol.routes import BUILD, CALL, CONNECTION, DIRECT, OTHER_KEY, PREFIX, ROUTES, is_data
 
 LIFETIME = 20.0  # seconds; the time for which a revoked key may still reach a sandbox
 _BEARER = b"Bearer direct."
@@ -144,6 +144,8 @@ class DirectRequests:
             raise Unauthorized("the token of this direct request is for another worker, or this one has no lease",
                                hint="send the request to the server")  # fmt: skip
         path: str = scope["path"]
+        if path == CONNECTION:
+            return grant.caller, proof  # the tokens of the requests over the connection are checked as here
         if path == BUILD or not is_data(path) or path[len(PREFIX) :].partition("/")[0] != grant.sandbox:
             raise Forbidden("the token of this direct request is for requests to one sandbox only",
                             hint="send this request to the server")  # fmt: skip

@@ -122,11 +122,13 @@ def name_of(method: str, path: str) -> str:
 
 Role = Literal["write", "read"]
 
+FRAMES_OFFERED = "x-rock-frames"  # 1 in HTTP responses of a server that upgrades connections
 DIRECT = "x-rock-direct"  # the proof of a worker, in responses to direct requests
 PREFIX = "/v1/sandboxes/"
 PAGE = "/ui"  # the web page; the API below it accepts its sessions
 PAGE_API = PAGE + "/v1/"
 BUILD = ROUTES["build_image"].path
+CONNECTION = ROUTES["connection"].path
 _CALLS = ROUTES["cancel_call"].path.partition("{")[0]
 _CONTROL = {"stop", "pause", "resume", "restart", "archive", "commit", "connections", "checkpoint", "rollback", "fork",
             "forkable", "direct"}

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
 from rock.errors import InvalidConfig, ServerError
-from rock.protocol import tar
+from rock.protocol.formats import tar
 
 CHUNK = 1 << 20
 _PORTION = 256 << 10
@@ -74,15 +74,7 @@ class FolderSource:
 
     def chunks(self) -> Iterator[bytes]:
         """Portions of at most CHUNK bytes: many small files are one of about _PORTION."""
-        parts: list[bytes] = []
-        size = 0
-        for part in self._parts():
-            if parts and size + len(part) > _PORTION:
-                yield b"".join(parts)
-                parts, size = [], 0
-            parts.append(part)
-            size += len(part)
-        yield b"".join(parts)
+        return tar.portions(self._parts(), _PORTION)
 
     def _parts(self) -> Iterator[bytes]:
         yield from self._walk(str(self._folder), "")
@@ -252,12 +244,10 @@ def _clear(path: str) -> None:
 
 
 def _inside(name: str) -> str:
-    """The name without empty parts and `.`; "" for the root of the archive."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    bad = os.name == "nt" and any(c in name for c in ":\\")
-    if name.startswith("/") or ".." in parts or "\0" in name or bad:
+    found = tar.inside(name)
+    if found is None or (os.name == "nt" and any(c in name for c in ":\\")):
         raise ServerError(f"the archive is unsafe: it has a member named {name!r}")
-    return "/".join(parts)
+    return found
 
 
 def _stays_inside(name: PurePosixPath, target: str) -> bool:

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from rock.errors import ClientError
 from rock.sdk import primitives
-from rock.sdk.http import Address
+from rock.sdk.http import Address, Source
 
 R = TypeVar("R")
 
@@ -97,6 +98,34 @@ class Connection:
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return b""
 
+    # ---- for a caller that reads and writes the socket itself ----
+
+    def encoded(self, data: bytes) -> bytes:
+        """The bytes that the socket sends for `data`."""
+        if self._tls is None:
+            return data
+        self._tls.write(data)
+        return self._outgoing.read()
+
+    def decoded(self, data: bytes) -> tuple[bytes, bool]:
+        """What `data` from the socket means, and whether it is the end. OSError."""
+        if self._tls is None:
+            return data, not data
+        if not data:
+            return b"", True
+        self._incoming.write(data)
+        parts: list[bytes] = []
+        while True:
+            try:
+                part = self._tls.read(TLS_READ_SIZE)
+            except ssl.SSLWantReadError:
+                return b"".join(parts), False
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b"".join(parts), True
+            if not part:
+                return b"".join(parts), True
+            parts.append(part)
+
     def close(self) -> None:
         self.sock.close()
 
@@ -134,3 +163,39 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+
+
+async def send_source(connection: Connection, body: Source, timeout: float | None) -> None:
+    """Send a body that is not held in memory. ClientError when its size changes meanwhile."""
+    chunks = body.chunks()
+    left = body.size
+    while chunk := await primitives.in_thread(next, chunks, b""):
+        if left is None:
+            await connection.send(b"%x\r\n" % len(chunk), timeout)
+            await connection.send(chunk, timeout)
+            await connection.send(b"\r\n", timeout)
+            continue
+        left -= len(chunk)
+        if left < 0:
+            raise ClientError("the file grew while it was being sent")
+        await connection.send(chunk, timeout)
+    if left is None:
+        await connection.send(b"0\r\n\r\n", timeout)
+    elif left:
+        raise ClientError("the file shrank while it was being sent")
+
+
+def tls_problem(error: ssl.SSLError) -> str:
+    """Why there is no TLS connection."""
+    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return "the server does not use TLS on this port"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid: {error.verify_message}"
+    return str(error)
+
+
+def tls_hint(error: ssl.SSLError) -> str:
+    """What to do about it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "set SSL_CERT_FILE to the certificate of its authority, and use a host name of its certificate"
+    return "use http:// in base_url, or start the server with --tls-cert and --tls-key"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rock.errors import InvalidConfig
-from rock.protocol import tar
+from rock.protocol.formats import tar
 from rock.protocol.images import BuildRequest
 from rock.protocol.routes import Frame, pack_frame
 from rock.sdk.archive import FolderSource, header

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
-from rock.errors import InvalidConfig, ServerError, Unavailable
+import orjson
+
+from rock.errors import InvalidConfig, RockError, ServerError, Unavailable, from_wire
 from rock.protocol.routes import SENT
 
 HEAD_LIMIT = 64 << 10
@@ -118,6 +120,10 @@ class Answer:
         """The body read since the last call."""
         parts, self._parts = self._parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def complete(self, parts: list[bytes]) -> None:
+        """All of the body, of a response that did not come as HTTP."""
+        self._parts, self.received, self.done = parts, True, True
 
     def feed(self, data: bytes) -> None:
         self.received = True
@@ -238,6 +244,14 @@ class Answer:
         self.status, self.headers = status, headers
 
 
+def upgrade_headers(data: bytes) -> dict[str, str]:
+    """The headers of a response that ends with its head. ServerError."""
+    head, _, rest = data.partition(b"\r\n\r\n")
+    if rest:
+        raise ServerError("malformed answer: more than the head of an upgrade")
+    return _headers(head.decode("latin-1").split("\r\n")[1:])
+
+
 def _headers(lines: list[str]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in lines:
@@ -250,3 +264,22 @@ def _headers(lines: list[str]) -> dict[str, str]:
             raise ServerError("malformed answer: two lengths")
         headers[name] = value
     return headers
+
+
+def decode(raw: bytes) -> Any:
+    """JSON of an answer; ServerError when it is none."""
+    try:
+        return orjson.loads(raw) if raw else None
+    except orjson.JSONDecodeError:
+        raise ServerError(f"malformed answer: {raw[:80]!r} is not JSON") from None
+
+
+def failure(status: int, body: bytes, url: str) -> RockError:
+    """The error that an answer stands for."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        content = body.decode("utf-8", "replace")
+    if status < 400:
+        return ServerError(f"{url} answered with a redirection ({status}), which is not followed")
+    return from_wire(content, status)

@@ -11,9 +11,10 @@ import asyncio
 import functools
 import os
 import socket
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 from rock.errors import InvalidConfig
 
@@ -70,6 +71,114 @@ async def receive(sock: socket.socket, size: int, timeout: float | None) -> byte
         return await asyncio.get_running_loop().sock_recv(sock, size)
     async with asyncio.timeout(timeout):
         return await asyncio.get_running_loop().sock_recv(sock, size)
+
+
+class Waiting(Protocol):
+    """A call that waits for what a shared socket receives."""
+
+    done: bool
+    waiter: object
+
+
+class SharedSocket:
+    """A socket that the calls of one event loop share. read: reads it for all of them, with `receive`."""
+
+    shared = True
+
+    def __init__(self, sock: socket.socket, read: Callable[[], None]) -> None:
+        self._sock = sock
+        self._read = read
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._unsent = b""
+        self._flush: asyncio.Handle | None = None
+        self._writing = False
+        sock.setblocking(False)
+
+    def claim(self) -> bool:
+        """Use it on the running event loop; False while it belongs to another one."""
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return True
+        with _claims:
+            if self._loop is not None and not self._loop.is_closed():
+                return False
+            self._loop = loop
+        self._flush, self._writing, self._unsent = None, False, b""
+        loop.add_reader(self._sock, self._read)
+        return True
+
+    def receive(self, size: int) -> bytes | None:
+        """What has come; b"" at the end, None where nothing has. OSError."""
+        try:
+            return self._sock.recv(size)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def send(self, data: bytes, later: bool) -> None:
+        """Send all of it. later: with what other calls send in this pass of the loop. OSError."""
+        assert self._loop is not None
+        if later or self._unsent:
+            self._unsent += data
+            if self._flush is None and not self._writing:
+                self._flush = self._loop.call_soon(self._send_rest)
+            return
+        try:
+            sent = self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        if sent < len(data):
+            self._unsent = data[sent:]
+            self._watch(True)
+
+    def _send_rest(self) -> None:
+        self._flush = None
+        try:
+            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self._unsent = b""
+            self._read()  # reports the end
+        self._watch(bool(self._unsent))
+
+    def _watch(self, on: bool) -> None:
+        assert self._loop is not None
+        if on and not self._writing:
+            self._loop.add_writer(self._sock, self._send_rest)
+        elif self._writing and not on:
+            self._loop.remove_writer(self._sock)
+        self._writing = on
+
+    async def wait(self, call: Waiting, timeout: float | None) -> None:
+        """Return when the call is done. TimeoutError."""
+        assert self._loop is not None
+        waiter = call.waiter = self._loop.create_future()
+        timer = None if timeout is None else self._loop.call_later(timeout, self.wake, call)
+        try:
+            await waiter
+        finally:
+            call.waiter = None
+            if timer is not None:
+                timer.cancel()
+        if not call.done:
+            raise TimeoutError
+
+    def wake(self, call: Waiting) -> None:
+        """Let `wait` return."""
+        waiter = call.waiter
+        if isinstance(waiter, asyncio.Future) and not waiter.done():
+            waiter.set_result(None)
+
+    def close(self) -> None:
+        """Stop reading, and close the socket."""
+        if self._loop is not None and not self._loop.is_closed() and self._sock.fileno() >= 0:
+            self._loop.remove_reader(self._sock)
+            self._watch(False)
+        self._unsent = b""
+        self._sock.close()
+
+
+_claims = threading.Lock()
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:

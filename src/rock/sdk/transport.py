@@ -20,7 +20,9 @@ from typing import Any, Self
 import orjson
 
 from rock import errors, settings
+from rock.protocol.formats import multiplexing as wire
 from rock.protocol.routes import (
+    FRAMES_OFFERED,
     LOST_CONTACT,
     NOTHING_BEGUN,
     OTHER_KEY,
@@ -30,10 +32,11 @@ from rock.protocol.routes import (
     role_for,
 )
 from rock.sdk import primitives
-from rock.sdk.connection import Connection
+from rock.sdk.connection import Connection, send_source, tls_hint, tls_problem
 from rock.sdk.direct import CONNECT_TIMEOUT as DIRECT_TIMEOUT
 from rock.sdk.direct import DirectRequests, at_worker
-from rock.sdk.http import Address, Answer, Source, header_lines
+from rock.sdk.http import Address, Answer, Source, decode, failure, header_lines
+from rock.sdk.multiplexing import Channel, channels_of, upgrade
 from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
 from rock.sdk.servers import Servers
@@ -184,6 +187,7 @@ class Transport:
         while True:
             try:
                 server, connection, answer = await self._exchange(method, target, body, timeout, key, content_type)
+                assert connection is not None
                 download = Download(server, connection, answer, timeout)
                 if answer.status >= 300:
                     raise failure(answer.status, await download.read(limit=1 << 20), self.url)
@@ -212,7 +216,7 @@ class Transport:
         key: str | None,
         content_type: str,
         whole: bool = False,
-    ) -> tuple[_Server, Connection, Answer]:
+    ) -> tuple[_Server, Connection | None, Answer]:
         """With the worker itself where that is possible, else with the first server of the role that takes a
         connection; one that does not is asked last from then on."""
         if self._direct is not None and (direct := await self._direct.target(target)) is not None:
@@ -302,6 +306,11 @@ class _Server:
         self._traces = settings.trace()
         self._key = (address.unix or address.host, address.port, address.tls, ssl_context)
         self._place = (address.host, address.port)
+        # Requests with different keys share an upgraded connection: each has its own authorization.
+        self._authorization = given.get("authorization", "").encode("latin-1")
+        rest = header_lines({name: value for name, value in given.items() if name != "authorization"})
+        can_frame = settings.multiplex() and not address.path and os.name != "nt"
+        self._channels = channels_of((self._key, rest, bool(self._authorization))) if can_frame else None
 
     @property
     def url(self) -> str:
@@ -340,23 +349,80 @@ class _Server:
         key: str | None,
         content_type: str,
         whole: bool = False,
-    ) -> tuple[Connection, Answer]:
+    ) -> tuple[Connection | None, Answer]:
         """Send and read, to the end of the answer when `whole` (its connection is then released), else to its head."""
         call = begin(method, target, self._traces)
+        sent = False
+        if whole and self._channels is not None and isinstance(body, bytes) and len(body) <= wire.WINDOW:
+            channel = self._channels.take()
+            if channel is None and self._channels.is_due():
+                channel = await self._upgraded()
+            if channel is not None:
+                more = "" if call is None else call.headers
+                answer, sent = await self._framed(channel, method, target, body, timeout, key, content_type, more)
+                if answer is not None:
+                    if call is not None:
+                        call.end(answer.status)
+                    return None, answer
         head = self._head(method, target, body, key, content_type, "" if call is None else call.headers)
         if call is None:
-            return await self._carry(head, body, timeout, whole)
+            return await self._carry(head, body, timeout, whole, sent)
         try:
-            connection, answer = await self._carry(head, body, timeout, whole)
+            connection, answer = await self._carry(head, body, timeout, whole, sent)
         except BaseException as error:
             call.end(0, f"{type(error).__name__}: {error}")
             raise
         call.end(answer.status)
         return connection, answer
 
-    async def _carry(self, head: bytes, body: Body, timeout: float | None, whole: bool) -> tuple[Connection, Answer]:
+    async def _upgraded(self) -> Channel | None:
+        """A new upgraded connection; None where the server, or something before it, makes none."""
+        assert self._channels is not None
+        try:
+            connection = await Connection.open(self.address, self.connect_timeout, self._ssl_context)
+            own = "" if self._keyed else key_for(self.address)
+            headers = self._common + (header_lines({OTHER_KEY: own}) if own else b"")
+            channel = await upgrade(connection, headers, self._authorization)
+        except (OSError, TimeoutError, errors.ServerError):
+            self._channels.refused()
+            return None
+        channel.claim()
+        self._channels.opened(channel)
+        return channel
+
+    async def _framed(
+        self, channel: Channel, method: str, target: str, body: bytes, timeout: float | None, key: str | None,
+        content_type: str, more: str,
+    ) -> tuple[Answer | None, bool]:  # fmt: skip
+        """The response over an upgraded connection; None and True when the connection broke before it came, so that the
+        request has to be sent again."""
+        assert self._channels is not None
+        headers = []
+        if content_type != "application/json" and body:
+            headers.append((b"content-type", content_type.encode("ascii")))
+        if self._authorization != channel.authorization:
+            headers.append((b"authorization", self._authorization))
+        for line in more.splitlines():
+            name, _, value = line.partition(": ")
+            headers.append((name.encode("ascii"), value.encode("latin-1")))
+        given = b"" if method == "GET" else (key or os.urandom(16).hex()).encode("ascii")
+        try:
+            return await channel.ask(method, target.encode("ascii"), body, given, headers, timeout), True
+        except TimeoutError:
+            raise errors.Unavailable(
+                f"{self.url} did not respond within {timeout} seconds", hint="try again, or increase the timeout"
+            ) from None
+        except OSError:
+            return None, True
+        finally:
+            self._channels.give(channel)
+
+    async def _carry(
+        self, head: bytes, body: Body, timeout: float | None, whole: bool, sent: bool = False
+    ) -> tuple[Connection, Answer]:
+        """sent: it was sent already over a connection that broke."""
         connection = POOL.take((primitives.scope(), self._key))
-        kept, sent = connection is not None, False
+        kept = connection is not None
         while True:
             if connection is None:
                 try:
@@ -371,6 +437,8 @@ class _Server:
                 await self._read(connection, answer, timeout, whole)
                 if not kept and self._place not in _REACHED:
                     _REACHED.add(self._place)
+                if self._channels is not None and not self._channels.offered:
+                    self._channels.offered = answer.headers.get(FRAMES_OFFERED) == "1"
                 return connection, answer
             except TimeoutError:
                 connection.close()
@@ -401,7 +469,7 @@ class _Server:
             message = f"nothing answers at {self.url} within {self.connect_timeout} seconds"
             raise errors.Unavailable(message, hint=self._hint(), details=UNSENT) from None
         except ssl.SSLError as error:
-            raise errors.Unavailable(f"no TLS connection to {self.url}: {_tls_problem(error)}", hint=_tls_hint(error),
+            raise errors.Unavailable(f"no TLS connection to {self.url}: {tls_problem(error)}", hint=tls_hint(error),
                                      details={**UNSENT, "tls": True}) from error  # fmt: skip
         except ConnectionRefusedError:
             raise errors.Unavailable(f"no ROCK server at {self.url}", hint=self._hint(), details=UNSENT) from None
@@ -423,7 +491,7 @@ class _Server:
                     await connection.send(body, limit)
                 return
             await connection.send(head, limit)
-            await _send_source(connection, body, limit)
+            await send_source(connection, body, limit)
         except (BrokenPipeError, ConnectionResetError):
             await self._refusal(connection, answer, timeout)
 
@@ -524,55 +592,3 @@ class Download:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-async def _send_source(connection: Connection, body: Source, timeout: float | None) -> None:
-    chunks = body.chunks()
-    left = body.size
-    while chunk := await primitives.in_thread(next, chunks, b""):
-        if left is None:
-            await connection.send(b"%x\r\n" % len(chunk), timeout)
-            await connection.send(chunk, timeout)
-            await connection.send(b"\r\n", timeout)
-            continue
-        left -= len(chunk)
-        if left < 0:
-            raise errors.ClientError("the file grew while it was being sent")
-        await connection.send(chunk, timeout)
-    if left is None:
-        await connection.send(b"0\r\n\r\n", timeout)
-    elif left:
-        raise errors.ClientError("the file shrank while it was being sent")
-
-
-def decode(raw: bytes) -> Any:
-    """JSON of an answer; ServerError when it is none."""
-    try:
-        return orjson.loads(raw) if raw else None
-    except orjson.JSONDecodeError:
-        raise errors.ServerError(f"malformed answer: {raw[:80]!r} is not JSON") from None
-
-
-def failure(status: int, body: bytes, url: str) -> errors.RockError:
-    """The error that an answer stands for."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        content = body.decode("utf-8", "replace")
-    if status < 400:
-        return errors.ServerError(f"{url} answered with a redirection ({status}), which is not followed")
-    return errors.from_wire(content, status)
-
-
-def _tls_problem(error: ssl.SSLError) -> str:
-    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-        return "the server does not use TLS on this port"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not valid: {error.verify_message}"
-    return str(error)
-
-
-def _tls_hint(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return "set SSL_CERT_FILE to the certificate of its authority, and use a host name of its certificate"
-    return "use http:// in base_url, or start the server with --tls-cert and --tls-key"

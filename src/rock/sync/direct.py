@@ -126,7 +126,7 @@ def at_worker(
     key: str | None,
     content_type: str,
     whole: bool,
-) -> tuple[Any, Connection, Answer] | None:
+) -> tuple[Any, Connection | None, Answer] | None:
     """The answer of a worker to a request, as of `exchange` of a server; None when the server has to be asked, because
     nothing was begun there. Unavailable when the request is to be sent again."""
     server = direct.server
@@ -144,7 +144,7 @@ def at_worker(
     elsewhere = answer.status == errors.NotHere.status and answer.headers.get(ERROR_CODE) == errors.NotHere.code
     if answer.headers.get(DIRECT) == direct.proof and not elsewhere:
         return server, connection, answer
-    if not whole:  # else it is released
+    if connection is not None and not whole:  # else it is released
         connection.close()
     direct.failed()
     if not isinstance(body, bytes):

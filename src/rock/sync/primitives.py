@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 C = TypeVar("C", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -59,6 +60,75 @@ def receive(sock: socket.socket, size: int, timeout: float | None) -> bytes:
             turn = min(TURN, end - time.monotonic())
             if turn <= 0:
                 raise TimeoutError("timed out")
+
+
+class Waiting(Protocol):
+    """A call that waits for what a shared socket receives."""
+
+    done: bool
+    waiter: object
+
+
+class SharedSocket:
+    """A socket that one call at a time uses. read: reads it, with `receive`."""
+
+    shared = False
+
+    def __init__(self, sock: socket.socket, read: Callable[[], None]) -> None:
+        self._sock = sock
+        self._read = read
+        sock.settimeout(None)
+        # The kernel ends a wait in turns, so that each of them is one system call.
+        self._turn = TURN
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _interval(TURN))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _interval(_SEND))
+
+    def claim(self) -> bool:
+        """Whether the caller may use it."""
+        return True
+
+    def receive(self, size: int) -> bytes | None:
+        """What has come; b"" at the end, None where nothing has within a turn. OSError."""
+        try:
+            return self._sock.recv(size)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def send(self, data: bytes, later: bool) -> None:
+        """Send all of it. OSError."""
+        try:
+            self._sock.sendall(data)
+        except BlockingIOError:
+            raise ConnectionAbortedError(f"nothing could be sent for {_SEND:g} s") from None
+
+    def wait(self, call: Waiting, timeout: float | None) -> None:
+        """Return when the call is done. TimeoutError."""
+        end = None if timeout is None else time.monotonic() + timeout
+        turn = TURN
+        while not call.done:
+            if end is not None:
+                turn = min(TURN, end - time.monotonic())
+                if turn <= 0:
+                    raise TimeoutError
+            if turn != self._turn and (turn < TURN or self._turn < TURN):
+                self._turn = turn
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _interval(turn))
+            self._read()
+
+    def wake(self, call: Waiting) -> None:
+        """Nobody waits elsewhere."""
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+
+_SEND = 60.0  # seconds
+
+
+def _interval(seconds: float) -> bytes:
+    """A `struct timeval`; 0 would be no limit."""
+    return struct.pack("ll", int(seconds), max(1, int(seconds % 1 * 1e6)))
 
 
 def in_thread(function: Callable[..., T], *args: Any) -> T:

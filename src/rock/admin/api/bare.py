@@ -16,6 +16,7 @@ from rock import __version__
 from rock.admin.tenants import TenantServices
 from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import ClientError, Forbidden, RockError, no_such_route
+from rock.http import multiplexing
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer, answer_model, failure, fit
 from rock.http.tunnels import Tunnels
 from rock.protocol.keys import Access, caller_of
@@ -36,11 +37,13 @@ class About:
         self._worker_registry = worker_registry
         self._home = str(settings.home)
         self._roles = list(roles)
+        self._multiplex = settings.multiplex
         self._started_at = time.time()
 
     def add_to(self, router: Router) -> None:
         for name in NAMES:
             router.add(ROUTES[name], getattr(self, name))
+        multiplexing.add_route(router, self._multiplex)
 
     async def server_info(self, request: Request) -> Answer:
         """Version, isolation and capacity."""

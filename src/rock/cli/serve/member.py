@@ -116,7 +116,7 @@ async def _serve_server(settings: Settings, home: MemberHome) -> None:
         raise
     try:
         http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, ends_within=1)
-        direct = http_over(rocklet.direct, ends_within=1)
+        direct = http_over(rocklet.direct, ends_within=1, frames=settings.multiplex == "on")
 
         async def drain() -> None:
             rocklet.let_go()

@@ -39,6 +39,7 @@ from rock.cli.serve.protocols import Protocols
 from rock.cli.serve.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.host import resources
+from rock.http import multiplexing
 from rock.http.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.http.connections import HEAD_WITHIN, Admission, HttpConnection
 from rock.http.direct import DirectRequests
@@ -47,7 +48,7 @@ from rock.http.middleware import dropping
 from rock.http.relay import RelayedCalls
 from rock.http.tunnels import SCHEME, Tunnels
 from rock.images.store import ImageStore
-from rock.protocol.routes import ROUTES
+from rock.protocol.routes import FRAMES_OFFERED, ROUTES
 from rock.protocol.sandbox import parse_size
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api.sandboxes import Api
@@ -169,6 +170,7 @@ class Rocklet:
                          settings.idle_after, settings.share, settings.server_home)  # fmt: skip
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
+        multiplexing.add_route(self.router, settings.multiplex)
         self.membership = membership_of(settings, self.node)
         self._remote_gateway: RemoteGateway | None = None
         if settings.join:
@@ -388,11 +390,11 @@ class _Uvicorn(uvicorn.Server):
 
 def http_over(
     app: App, settings: Settings | None = None, *, admission: Admission | None = None, head_within: float = HEAD_WITHIN,
-    ends_within: int = 5,
+    ends_within: int = 5, frames: bool = False,
 ) -> uvicorn.Server:
     """An HTTP server over an application, without sockets. admission: limits its connections. head_within: timeout in
-    seconds for the head of a request. ends_within: seconds that requests have at a stop. InvalidConfig for an invalid
-    certificate."""
+    seconds for the head of a request. ends_within: seconds that requests have at a stop. frames: tell clients that
+    connections can be upgraded. InvalidConfig for an invalid certificate."""
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
@@ -406,6 +408,7 @@ def http_over(
         proxy_headers=False,  # no sender of these headers is a known proxy
         ws_max_size=16 << 20,
         backlog=_AT_ONCE,
+        headers=[(FRAMES_OFFERED, "1")] if frames else None,
         **tls,
     )
     return _Uvicorn(config)
@@ -431,8 +434,7 @@ def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Serve
 async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
     """Serve until SIGTERM or SIGINT."""
     tls_of(settings)
-    listener = listen(settings.host, settings.port)
-    port = listener.getsockname()[1]
+    port = (listener := listen(settings.host, settings.port)).getsockname()[1]
     try:
         server = make_server(replace(settings, port=port), role)
         await server.open()
@@ -442,7 +444,8 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
     processes = server.processes if isinstance(server, Control) else None
     sockets = [listener] if processes is None else [listener, processes.listen()]
     try:
-        http = http_over(dropping(server.app) if faults.active else server.app, settings)
+        app = dropping(server.app) if faults.active else server.app
+        http = http_over(app, settings, frames=settings.multiplex == "on")
 
         async def drain() -> None:
             try:
@@ -575,8 +578,7 @@ def when_input_ends(act: Callable[[], object]) -> None:
 
 
 def _raise_file_limit() -> None:
-    """Raise the soft limit of open files: a session holds five descriptors, so the usual 1024 suffices for 200
-    sessions."""
+    """Raise the soft limit of open files: the usual 1024 suffices for 200 sessions."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -154,6 +154,11 @@ class Exchange:
                 hosted.timer = loop.call_at(hosted.since + self.limit(hosted), self._overdue, call.number)
         return self._next_id
 
+    def is_lent(self, number: int) -> bool:
+        """Whether a client on this machine has the pipes of an environment."""
+        hosted = self.envs.get(number)
+        return hosted is not None and hosted.lent is not None
+
     def fork(self, number: int, children: dict[int, dict[str, Any]], reseed: bool) -> Batch:
         """Fork an environment. children: the fields of MAKE by the numbers of the children, which are in `envs`.
         The batch receives a response for each. It is one request, so all children continue from the same step."""

@@ -293,7 +293,8 @@ class EnvHost:
         frame with the id of its request.
         """
         for _, _, number, *_ in asked:
-            await self.pipe_lending.at_home(number)
+            if self._exchange.is_lent(number):
+                await self.pipe_lending.at_home(number)
         batch = Batch(len(asked))
         for place, (op, flags, number, id, index, payload) in enumerate(asked):
             try:

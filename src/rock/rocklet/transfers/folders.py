@@ -18,7 +18,7 @@ from typing import Any
 
 from rock.errors import InvalidConfig, NotFound, Unsupported
 from rock.guest.init.files import BATCH, BATCH_ENTRIES
-from rock.protocol import tar
+from rock.protocol.formats import tar
 from rock.rocklet.commands.output import write_all
 from rock.rocklet.transfers import files as transfers
 from rock.rocklet.transfers.files import CHUNK, Reading, full_or
@@ -206,7 +206,7 @@ class _Unpacker:
         return asyncio.run_coroutine_threadsafe(work(), self._loop).result()
 
     def _add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        target = posixpath.join(self._base, _safe_name(member.name))
+        target = posixpath.normpath(posixpath.join(self._base, _safe_name(member.name)))
         mode = modes.S_IMODE(member.mode)
         if member.isdir():
             self._queue({"kind": "directory", "path": target, "mode": mode | 0o700})
@@ -305,7 +305,8 @@ class _Unpacker:
 
 
 def _safe_name(name: str) -> str:
-    if name.startswith("/") or ".." in name.split("/"):
+    found = tar.inside(name)
+    if found is None:
         raise InvalidConfig(f"the archive has an entry outside of its root: {name!r}",
                             hint="make the archive with relative names and without `..`")
-    return posixpath.normpath(name)
+    return found

@@ -12,8 +12,9 @@ import orjson
 from rock import errors
 from rock.protocol.action import BashObservation, CommandResponse
 from rock.protocol.routes import Frame, FrameParser
+from rock.sdk.http import decode
 from rock.sdk.sandbox.link import SLACK, Link, parse
-from rock.sdk.transport import Download, decode
+from rock.sdk.transport import Download
 
 
 @dataclass(frozen=True, slots=True)

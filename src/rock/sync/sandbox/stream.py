@@ -14,8 +14,9 @@ import orjson
 from rock import errors
 from rock.protocol.action import BashObservation, CommandResponse
 from rock.protocol.routes import Frame, FrameParser
+from rock.sdk.http import decode
 from rock.sync.sandbox.link import SLACK, Link, parse
-from rock.sync.transport import Download, decode
+from rock.sync.transport import Download
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ A tar of many small files is mostly headers, so this writes the plain ustar head
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterable, Iterator
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)  # of an archive
@@ -39,3 +40,22 @@ def header(
 def padding(size: int) -> bytes:
     """The zeros after a content of `size` bytes."""
     return bytes(-size % BLOCK)
+
+
+def inside(name: str) -> str | None:
+    """The name of an entry without empty parts and `.`, so "" for the root; None for a name that leads out of it."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return None if name.startswith("/") or ".." in parts or "\0" in name else "/".join(parts)
+
+
+def portions(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes in fewer portions: of at most `size`, or one larger part."""
+    joined: list[bytes] = []
+    length = 0
+    for part in parts:
+        if joined and length + len(part) > size:
+            yield b"".join(joined)
+            joined, length = [], 0
+        joined.append(part)
+        length += len(part)
+    yield b"".join(joined)
