@@ -114,7 +114,8 @@ def test_metrics_count_what_happened(guarded: RunningServer) -> None:
         after = metrics(guarded)
         return bool(grown("rock_http_requests_total", route="execute", status="200") >= 3
                     and grown("rock_http_requests_total", route="none", status="404") >= 20
-                    and after["rock_worker_sandboxes", ()] == 0)  # fmt: skip
+                    and after["rock_worker_sandboxes", ()] == 0
+                    and after["rock_event_loop_lag_seconds_count", ()] > 0)  # fmt: skip
 
     until(counted)
     assert grown("rock_sandbox_creates_total", outcome="running", cause="") == 1
