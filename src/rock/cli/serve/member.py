@@ -78,7 +78,8 @@ async def _serve_worker(settings: Settings, home: MemberHome) -> None:
         listener.close()
         raise
     try:
-        http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, settings)
+        http = http_over(dropping(rocklet.app) if faults.active else rocklet.app, settings,
+                         frames=settings.multiplex == "on")
 
         async def drain() -> None:
             try:
