@@ -6,11 +6,8 @@ When many connections have much to parse, other tasks wait for one portion in to
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import types
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 BUDGET = 0.001  # seconds per portion
@@ -81,77 +78,3 @@ async def settled(future: asyncio.Future[Any], seconds: float | None = None) -> 
         future.remove_done_callback(end)
         if timer is not None:
             timer.cancel()
-
-
-# ---- tasks that begin at once ----
-
-class _Begun:
-    """The current task of a coroutine that has begun and has no task yet. `asyncio.timeout` keeps it, and calls its
-    methods later: they are those of the task that follows."""
-
-    __slots__ = ("_canceled", "task")
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[None] | None = None
-        self._canceled = False
-
-    def cancel(self, msg: Any = None) -> bool:
-        if self.task is not None:
-            return self.task.cancel(msg)
-        self._canceled = True  # by itself, before its first suspension
-        return True
-
-    def cancelling(self) -> int:
-        return int(self._canceled) if self.task is None else self.task.cancelling()
-
-    def uncancel(self) -> int:
-        if self.task is not None:
-            return self.task.uncancel()
-        self._canceled = False
-        return 0
-
-    def follow(self, task: asyncio.Task[None]) -> None:
-        """The coroutine goes on in a task."""
-        self.task = task
-        if self._canceled:
-            task.cancel()
-
-
-@types.coroutine
-def _rest(coroutine: Coroutine[Any, Any, None], yielded: Any) -> Generator[Any, Any, None]:
-    """The rest of a coroutine, which has yielded something already."""
-    while True:
-        try:
-            value = yield yielded
-        except GeneratorExit:
-            coroutine.close()
-            raise
-        except BaseException as error:
-            step = partial(coroutine.throw, error)
-        else:
-            step = partial(coroutine.send, value)
-        try:
-            yielded = step()
-        except StopIteration:
-            return
-
-
-async def _go_on(coroutine: Coroutine[Any, Any, None], yielded: Any) -> None:
-    await _rest(coroutine, yielded)
-
-
-def begin(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-    """Run a coroutine up to its first suspension at once, and the rest in a task. None when it has ended. It must not
-    be called from a task."""
-    context = contextvars.copy_context()
-    begun = _Begun()
-    asyncio.tasks._enter_task(loop, begun)  # type: ignore[arg-type]  # as eager tasks of Python 3.12 do
-    try:
-        yielded = context.run(coroutine.send, None)
-    except StopIteration:
-        return None
-    finally:
-        asyncio.tasks._leave_task(loop, begun)  # type: ignore[arg-type]
-    task = loop.create_task(_go_on(coroutine, yielded), context=context)
-    begun.follow(task)
-    return task

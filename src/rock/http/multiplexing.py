@@ -31,7 +31,7 @@ from typing import Any
 
 from rock.errors import QuotaExceeded, RockError, Unsupported, unexpected
 from rock.http.asgi import Answer, App, Request, failure
-from rock.http.event_loop import BUDGET, begin, rounds
+from rock.http.event_loop import BUDGET, rounds
 from rock.protocol.formats import multiplexing as wire
 from rock.protocol.formats.multiplexing import ABORT, CANCEL, CLOSE, DATA, END, HEAD, LIMIT, MOST_REQUESTS, NAME, WINDOW
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
@@ -427,10 +427,9 @@ class MultiplexedConnection(asyncio.Protocol):
             return
         self._exchanges[number] = exchange
         self._held += len(body)
-        task = begin(self.loop, self._serve(scope, exchange))
-        if task is not None:
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        task = self.loop.create_task(self._serve(scope, exchange))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _is_full(self) -> bool:
         """A handler may end a moment after its response."""
