@@ -12,9 +12,9 @@ import os
 import posixpath
 import stat as modes
 import tarfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from rock.errors import InvalidConfig, NotFound, Unsupported
 from rock.guest.init.files import BATCH, BATCH_ENTRIES
@@ -22,14 +22,29 @@ from rock.protocol.formats import tar
 from rock.rocklet.commands.output import write_all
 from rock.rocklet.transfers import files as transfers
 from rock.rocklet.transfers.files import CHUNK, Reading, full_or
-from rock.runtime.base import Files, FileStat, Handle, Runtime
-from rock.runtime.init.files import FileBatches
+from rock.runtime.base import Capability, Files, FileStat, Handle, Runtime
 
 _PORTION = 256 << 10  # bytes of a tar that are sent at once, unless the next part is larger
 _NAMES = 8_000  # bytes of all paths and targets in a batch
 _KINDS = {"file": tar.FILE, "directory": tar.FOLDER, "symlink": tar.LINK}
 
 _Found = tuple[str, str, FileStat]  # path inside, name in the tar, and what is there
+
+
+@runtime_checkable
+class FileBatches(Protocol, metaclass=Capability):
+    """Optional access to many small files by one request. At most BATCH_ENTRIES, and BATCH bytes of contents."""
+
+    async def write_entries(self, handle: Handle, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Create entries in order. kind: directory, symlink or file; path; mode, of folders and files; target, of a
+        link; data, of a file, in base64. Errors as of Files; the entries before the one that fails stay. Unsupported
+        for a sandbox of an earlier version."""
+        ...
+
+    async def read_files(self, handle: Handle, paths: Sequence[str]) -> list[bytes | None]:
+        """Contents; None for a file that is too large for the rest of BATCH, or cannot be read. Unsupported for a
+        sandbox of an earlier version."""
+        ...
 
 
 # ---- out of a sandbox ----

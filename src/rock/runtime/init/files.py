@@ -5,11 +5,11 @@ from __future__ import annotations
 import binascii
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from rock import errors
 from rock.guest.init.files import BATCH
-from rock.runtime.base import Capability, FileStat, Handle, Process, Program
+from rock.runtime.base import FileStat, Handle, Process, Program
 from rock.runtime.init.link import InitLink, token_user
 
 
@@ -20,22 +20,6 @@ class Space(NamedTuple):
     size: int
     files: int
     most_files: int
-
-
-@runtime_checkable
-class FileBatches(Protocol, metaclass=Capability):
-    """Optional access to many small files by one request. At most BATCH_ENTRIES, and BATCH bytes of contents."""
-
-    async def write_entries(self, handle: Handle, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Create entries in order. kind: directory, symlink or file; path; mode, of folders and files; target, of a
-        link; data, of a file, in base64. Errors as of Files; the entries before the one that fails stay. Unsupported
-        for a sandbox of an earlier version."""
-        ...
-
-    async def read_files(self, handle: Handle, paths: Sequence[str]) -> list[bytes | None]:
-        """Contents; None for a file that is too large for the rest of BATCH, or cannot be read. Unsupported for a
-        sandbox of an earlier version."""
-        ...
 
 
 class InitSandboxes:
@@ -98,11 +82,11 @@ class InitSandboxes:
             await self._ask(handle, "abort_write", token=token, user=token_user(token))
 
     async def write_entries(self, handle: Handle, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Create folders, links and small files in one request, see FileBatches."""
+        """Create folders, links and small files in one request, see FileBatches of rocklet/transfers/folders.py."""
         await self._ask(handle, "write_entries", entries=list(entries))
 
     async def read_files(self, handle: Handle, paths: Sequence[str]) -> list[bytes | None]:
-        """Contents of small files by one request, see FileBatches."""
+        """Contents of small files by one request, see FileBatches of rocklet/transfers/folders.py."""
         reply, _ = await self._ask(handle, "read_files", paths=list(paths))
         found = [None if data is None else binascii.a2b_base64(data) for data in reply["files"]]
         if len(found) != len(paths) or sum(len(data or b"") for data in found) > BATCH:
