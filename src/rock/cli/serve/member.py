@@ -34,6 +34,7 @@ log = logging.getLogger("rock.server")
 
 _LOCK_WITHIN = 20.0  # seconds for an earlier process with this number to end
 _LOOK = 0.1
+_early = asyncio.Event()  # SIGTERM came before the process served
 
 
 class MemberHome(Home):
@@ -65,8 +66,15 @@ async def serve(settings: Settings) -> None:
     """Serve until SIGTERM, or until the process that started this one ends: at the sockets of a process of a server,
     or at a port of a worker that joins one. Conflict, InvalidConfig."""
     home = MemberHome(settings)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _early.set)
     await home.wait()
     await (_serve_server(settings, home) if settings.advertise.startswith(PROCESS) else _serve_worker(settings, home))
+
+
+def _stop_if_early() -> None:
+    """A SIGTERM that came while the process started ends it now, in the same way: it removes what it prepared."""
+    if _early.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _serve_worker(settings: Settings, home: MemberHome) -> None:
@@ -93,6 +101,7 @@ async def _serve_worker(settings: Settings, home: MemberHome) -> None:
         loop.add_signal_handler(signal.SIGUSR2, rocklet.membership.evacuate)
         with stop_on_signals(http, drain):
             when_input_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # the sandboxes continue
+            _stop_if_early()
             gc.freeze()
             gc.enable()
             home.write(settings.host, listener.getsockname()[1], settings.tls_cert, joins=True)
@@ -125,6 +134,7 @@ async def _serve_server(settings: Settings, home: MemberHome) -> None:
 
         with stop_on_signals(http, drain):
             when_input_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))  # the sandboxes continue
+            _stop_if_early()
             gc.freeze()
             gc.enable()
             _say({"pid": os.getpid()})
