@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rock.runtime.namespace.launcher import userns
 from tests.unprivileged import interpreter, open_to_all
 
 FIRST, COUNT = 1_000_000_000, 65_536
@@ -60,8 +60,15 @@ class PodBox:
 
     @contextmanager
     def _namespace(self) -> Iterator[int]:
+        """Made by another process: the child of a process with threads may wait for a lock that nobody holds."""
         text = f"0 {FIRST} {COUNT}\n"
-        fd = userns.make(text, text)
+        made = "import sys; from rock.runtime.namespace.launcher import userns; t = sys.argv[1]; " \
+               "print(userns.make(t, t), flush=True); sys.stdin.read()"  # fmt: skip
+        with subprocess.Popen([sys.executable, "-c", made, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              env={**os.environ, "PYTHONPATH": self._path}, text=True) as maker:  # fmt: skip
+            assert maker.stdout is not None
+            fd = os.open(f"/proc/{maker.pid}/fd/{int(maker.stdout.readline())}", os.O_RDONLY | os.O_CLOEXEC)
+            maker.communicate()
         try:
             yield fd
         finally:
