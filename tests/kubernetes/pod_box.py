@@ -60,7 +60,7 @@ class PodBox:
 
     @contextmanager
     def _namespace(self) -> Iterator[int]:
-        """Made by another process: the child of a process with threads may wait for a lock that nobody holds."""
+        """Made by another process: the child of a process with threads may wait for a lock that is never released."""
         text = f"0 {FIRST} {COUNT}\n"
         made = "import sys; from rock.runtime.namespace.launcher import userns; t = sys.argv[1]; " \
                "print(userns.make(t, t), flush=True); sys.stdin.read()"  # fmt: skip
