@@ -128,3 +128,16 @@ def _files(server: int) -> Iterator[str]:
                 yield f"open {target}"
     except OSError:
         return
+
+
+def rocklet_process(parent: int, home: Path, number: int) -> int:
+    """The pid of one of several rocklet processes: the one below `parent` that holds its lock."""
+    name = str(home / "processes" / str(number) / "server.lock")
+    for pid in members_of(parent):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == name:
+                    return pid
+            except FileNotFoundError:
+                pass
+    raise AssertionError(f"process {number} does not run")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import IMAGE, RunningServer, give_image
-from tests.leaks import members_of
+from tests.leaks import members_of, rocklet_process
 from tests.waiting import until
 
 from rock.cli.serve.processes import count_of, name_of, number_of, usual_count
@@ -56,16 +56,8 @@ def stop_server(server: RunningServer) -> None:
 
 
 def process_of(server: RunningServer, number: int) -> int:
-    """The pid of a process: the one that listens at its socket holds its lock."""
-    name = str(server.home / "processes" / str(number) / "server.lock")
-    for pid in members_of(server.pid):
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{fd}") == name:
-                    return pid
-            except FileNotFoundError:
-                pass
-    raise AssertionError(f"process {number} does not run")
+    """The pid of a process."""
+    return rocklet_process(server.pid, server.home, number)
 
 
 def test_sandboxes_are_spread_and_usable(pair: RunningServer) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import IMAGE, RunningServer, give_image
-from tests.leaks import members_of
+from tests.leaks import rocklet_process
 from tests.waiting import until
 
 from rock.cli.serve import group
@@ -40,17 +40,9 @@ class Rocklets:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def process_of(self, number: int) -> int:
-        """The pid of a process, by the lock that it holds."""
+        """The pid of a process."""
         assert self.process is not None
-        name = str(self.home / "processes" / str(number) / "server.lock")
-        for pid in members_of(self.process.pid):
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                try:
-                    if os.readlink(f"/proc/{pid}/fd/{fd}") == name:
-                        return pid
-                except FileNotFoundError:
-                    pass
-        raise AssertionError(f"process {number} does not run")
+        return rocklet_process(self.process.pid, self.home, number)
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
