@@ -21,7 +21,7 @@ from rock.guest.init.files import BATCH, BATCH_ENTRIES
 from rock.protocol.formats import tar
 from rock.rocklet.commands.output import write_all
 from rock.rocklet.transfers import files as transfers
-from rock.rocklet.transfers.files import CHUNK, Reading, full_or
+from rock.rocklet.transfers.files import CHUNK, Reading, full_or, write_stream
 from rock.runtime.base import Capability, Files, FileStat, Handle, Runtime
 
 _PORTION = 256 << 10  # bytes of a tar that are sent at once, unless the next part is larger
@@ -187,6 +187,7 @@ class _Unpacker:
     """Runs in a thread because tarfile reads block; each file operation inside runs on the event loop."""
 
     def __init__(self, runtime: Runtime, handle: Handle, base: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._runtime = runtime
         self._files: Files = transfers.of(runtime)
         self._handle = handle
         self._base = base
@@ -291,16 +292,8 @@ class _Unpacker:
                     pass
                 await files.symlink(handle, entry["target"], path)
             else:
-                fd, token = await files.open_write(handle, path, mode=entry["mode"])
-                try:
-                    with open(fd, "wb", buffering=0) as out:
-                        data = memoryview(base64.b64decode(entry["data"]))
-                        while data:
-                            data = data[out.write(data) or 0 :]
-                except OSError as error:
-                    await files.abort_write(handle, token)
-                    raise full_or(error, path) from error
-                await files.commit_write(handle, token)
+                content = _one_part(base64.b64decode(entry["data"]))
+                await write_stream(self._runtime, handle, path, content, append=False, mode=entry["mode"], user=None)
 
     # ---- large files ----
 
@@ -317,6 +310,10 @@ class _Unpacker:
                 raise full_or(error, target) from error
             raise
         self._do(lambda: files.commit_write(handle, token))
+
+
+async def _one_part(data: bytes) -> AsyncGenerator[bytes]:
+    yield data
 
 
 def _safe_name(name: str) -> str:
