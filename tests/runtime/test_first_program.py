@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import re
-from collections.abc import AsyncIterator
+import signal
+import struct
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +88,22 @@ async def said(process: Process, script: str, last: str = "end") -> str:
     return out
 
 
+@contextlib.contextmanager
+def signals_ignored(numbers: Sequence[int]) -> Iterator[None]:
+    """Ignored in this process. By system call, because the C library refuses signals 32 and 33."""
+    number, before = native._NUMBER["rt_sigaction"], []
+    system_call = ctypes.CDLL(None, use_errno=True).syscall
+    for one in numbers:
+        old = ctypes.create_string_buffer(32)
+        before.append((one, old))
+        assert system_call(number, one, struct.pack("QQQQ", 1, 0, 0, 0), old, 8) == 0
+    try:
+        yield
+    finally:
+        for one, old in before:
+            assert system_call(number, one, old, None, 8) == 0
+
+
 def descriptors(handle: Handle) -> list[str]:
     folder = f"/proc/{handle.data['pid']}/fd"
     return [os.readlink(f"{folder}/{name}") for name in os.listdir(folder)]
@@ -123,6 +142,21 @@ def test_it_has_what_a_later_program_has(tmp_path: Path) -> None:
             spawned.close()
 
     run(main())
+
+
+def test_it_inherits_no_ignored_signal(tmp_path: Path) -> None:
+    """A server can be started with ignored signals: by nohup, or by posix_spawn of a parent that uses signal 32."""
+
+    async def main() -> None:
+        async with opened(tmp_path) as (runtime, _), sandbox(runtime) as (_, process):
+            assert process is not None
+            found = await said(process, "grep SigIgn /proc/$$/status; echo end")
+            assert int(found.split()[1], 16) & ignored == 0
+
+    numbers = (signal.SIGHUP, signal.SIGUSR1, signal.SIGTSTP, 32, 33)
+    ignored = sum(1 << (number - 1) for number in numbers)
+    with signals_ignored(numbers):
+        run(main())
 
 
 @pytest.mark.parametrize("connected", [True, False])
