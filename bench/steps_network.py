@@ -2,8 +2,8 @@
 
     sudo python bench/steps_network.py [--seconds 2] [--delays 0,0.1,0.5] [--json FILE]
 
-Each row stands next to a bare TCP echo of the same veth. Delays (ms, of each direction) need `tc netem`; without it
-only 0 is measured, and the script says so. "think" rows are on one machine, by pipes: the policy sleeps 10 or 50 ms
+Each row stands next to a bare TCP echo of the same link: a veth pair, or for a delay (ms, of each direction) a pair of
+TUN devices, see delayed_link.py. "think" rows are on one machine, by pipes: the policy sleeps 10 or 50 ms
 between two steps; they stand next to a bare pipe echo in the same pattern. `ROCK_MULTIPLEX=off` measures plain HTTP.
 
 The namespaces have names of this process and are removed at the end, with the server in them.
@@ -28,12 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from delayed_link import delayed_link
 
 FRAMES = Path(__file__).parent / "frames"
 ROUNDS = 4
 MOST = 20_000  # steps of one round
 OURS, THEIRS = "10.213.87.1", "10.213.87.2"
+DELAYED = ("10.213.88.1", "10.213.88.2")  # of the link with a delay, over which the route to THEIRS leads then
 KEY = "steps-network"
+SOKOBAN = "game:Sokoban-v0-easy"
 
 
 def run(*command: str) -> None:
@@ -60,18 +63,6 @@ def namespaces() -> Iterator[tuple[str, str]]:
     finally:
         for name in made:
             run("ip", "netns", "delete", name)
-
-
-def delay(names: tuple[str, str], milliseconds: float) -> bool:
-    """Set the delay of both directions; False where the kernel has no netem."""
-    for name in names:
-        subprocess.run(["ip", "netns", "exec", name, "tc", "qdisc", "del", "dev", "veth0", "root"], check=False,
-                       capture_output=True)  # fmt: skip
-        if milliseconds and subprocess.run(
-            ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "veth0", "root", "netem", "delay",
-             f"{milliseconds}ms"], check=False, capture_output=True).returncode:  # fmt: skip
-            return False
-    return True
 
 
 @contextlib.contextmanager
@@ -242,7 +233,7 @@ def over_network(url: str, namespace: str, seconds: float, title: str) -> list[d
             SandboxVectorEnv("CartPole-v1", 8, **given), np.zeros(8, np.int64)), 0),
         ("CartPole, 64 environments", lambda: Environment(
             SandboxVectorEnv("CartPole-v1", 64, **given), np.zeros(64, np.int64)), 0),
-        ("Sokoban", lambda: Environment(rock.make("game:Sokoban-v0-easy", **given), "\\boxed{up}"), 0),
+        ("Sokoban", lambda: Environment(rock.make(SOKOBAN, **given), "\\boxed{up}"), 0),
         ("210x160x3 frames", lambda: Environment(SandboxEnv(str(FRAMES), **frames), 0), 1),
         ("210x160x3 frames, 8 environments", lambda: Environment(
             SandboxVectorEnv(str(FRAMES), 8, **frames), np.zeros(8, np.int64)), 8),
@@ -260,10 +251,14 @@ def over_network(url: str, namespace: str, seconds: float, title: str) -> list[d
 
 def thinking(seconds: float) -> list[dict[str, Any]]:
     """Rows with a pause between two steps, on one machine."""
+    import rock
     from rock.gym import SandboxEnv
 
     found = []
     with serving(None) as url:
+        # The namespaces have no way to a package index, so the packages of Sokoban are installed here.
+        with contextlib.suppress(rock.errors.RockError), _made(lambda: rock.make(SOKOBAN, base_url=url, api_key=KEY)):
+            pass
         for think in (0.0, 0.01, 0.05):
             env = _made(lambda: SandboxEnv("CartPole-v1", base_url=url, api_key=KEY))
             kinds = {"pipe echo": PipeEcho(), "ROCK, pipes": Environment(env, 0, remote=False)}
@@ -294,19 +289,17 @@ def main() -> None:
         return
     print(f"load {os.getloadavg()[0]:.1f}")
     found = thinking(seconds)
-    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
-        sys.exit("the rows over a network need root, `ip` and `tc`")
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        sys.exit("the rows over a network need root and `ip`")
     with namespaces() as names, serving(names[1]) as url:
         for text in given.delays.split(","):
-            if not delay(names, float(text)):
-                print(f"delay {text} ms: not measured: this kernel has no netem")
-                delay(names, 0.0)
-                continue
-            title = f", {text} ms" if float(text) else ""
+            title, link = "", contextlib.ExitStack()
+            if float(text):
+                title, link = f", {text} ms", delayed_link(names, DELAYED, THEIRS, float(text))
             inside = [sys.executable, __file__, "--seconds", str(seconds), "--inside",
                       json.dumps([url, names[1], title])]  # fmt: skip
             words = ["ip", "netns", "exec", names[0], *inside]
-            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as part:
+            with link, subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as part:
                 assert part.stdout is not None
                 for line in part.stdout:
                     if line.startswith("["):
