@@ -77,6 +77,11 @@ def _stop_if_early() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _end_once() -> None:
+    """Ignore a further SIGTERM while the process removes what it prepared. Its parent kills it after some time."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+
+
 async def _serve_worker(settings: Settings, home: MemberHome) -> None:
     listener = listen(settings.host, settings.port)
     try:
@@ -108,6 +113,7 @@ async def _serve_worker(settings: Settings, home: MemberHome) -> None:
             _say({"pid": os.getpid()})
             await http.serve(sockets=[listener])
     finally:
+        _end_once()
         listener.close()
         await rocklet.close()  # last: it unlocks the home for the next process, which listens at the same port
 
@@ -144,6 +150,7 @@ async def _serve_server(settings: Settings, home: MemberHome) -> None:
                 await http.serve(sockets=[listener])
                 direct.should_exit = True
     finally:
+        _end_once()
         for one in at:
             one.close()
         await rocklet.close()

@@ -235,6 +235,7 @@ class _Member:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._child: Child | None = None
+        self._asked: Child | None = None  # to end
         self._task: asyncio.Task[None] | None = None
         self._ending = False
 
@@ -249,7 +250,9 @@ class _Member:
 
     def let_go(self) -> None:
         self._ending = True
-        self.signal(signal.SIGTERM)
+        if self._asked is not self._child:  # a second signal would interrupt its removal of what it prepared
+            self._asked = self._child
+            self.signal(signal.SIGTERM)
 
     async def close(self) -> None:
         if self._task is None:
