@@ -90,6 +90,7 @@ class Node:
         self.volumes = Volumes(folder.parent / "volumes", mountable, self._users_of, images.agents)
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
+        self.runtimes.first_of = self.snapshots.first_program
         self.pools = WarmPools(self.runtimes)
         self.descriptors = IdleDescriptors(idle_after)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
@@ -352,6 +353,7 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
+        new.sessions.first = old.runtime.started(handle) if isinstance(old.runtime, StartsFirst) else None
         new.begin_idle()
         self._spawn(self._open_default(new, None))  # while the old one ends
         await old.replaced()  # also removes its logs
