@@ -143,6 +143,7 @@ class Snapshots:
                 frozen = await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files, continued=moment.over)
         copied = frozen.copied
         await faults.point("node.checkpoint.taken")
+        changed = frozen.handle != sandbox.handle
         sandbox.handle = frozen.handle
         level: Level = "files" if spec.memory == "files" or without else "session"
         if copied is not None:
@@ -156,7 +157,8 @@ class Snapshots:
         kept = {id: one for id, one in background.items() if programs.KEY + id in (copied or ())}
         shells = Shells(sessions, dict(sandbox.config.env), kept)
         try:
-            await sandbox.saved()
+            if changed:
+                await sandbox.saved()
             await faults.point("node.checkpoint.saved")
             await asyncio.to_thread(self._write, made, shells)
         except OSError as error:

@@ -351,7 +351,7 @@ class FirstStreams:
 
 
 def _sealed(data: bytes) -> int:
-    """A memory file of this content, which nobody can change. OSError."""
+    """A memory file of this content, which cannot be changed. OSError."""
     fd = os.memfd_create("rock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(data)

@@ -487,8 +487,8 @@ class NamespaceRuntime(InitSandboxes):
 
     def snapshots(self) -> Mapping[str, Sequence[str]]:
         names = {slot: id for id, slot in self._slots.slot_of.items()}
-        unclaimed = {member.slot for member in self._pool.members()}
-        return {one: [names.get(slot, slot) for slot in slots if slot not in unclaimed]
+        others = {member.slot for member in self._pool.members()} | self._slots.ending
+        return {one: [names.get(slot, slot) for slot in slots if slot not in others]
                 for one, slots in self._snapshots.users().items()}  # fmt: skip
 
     async def drop_snapshot(self, snapshot_id: str) -> bool:

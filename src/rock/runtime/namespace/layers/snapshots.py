@@ -279,8 +279,13 @@ class Snapshots:
             raise errors.Unavailable(f"an earlier attempt at snapshot {snapshot_id} ended after its files were frozen",
                                      sandbox_id=handle.id, hint="retry with another id")
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
+        in_memory: asyncio.Task[list[str]] | None = None
         try:
-            left_out = await asyncio.to_thread(self._begun, folder, sandbox.pid)
+            if os.path.lexists(folder):  # it could not be removed before
+                await asyncio.to_thread(remove_tree, folder)
+            self.make_folder(folder)
+            in_memory = asyncio.create_task(asyncio.to_thread(_left_out, sandbox.pid))
+            left_out: list[str] = []
             reasons: list[str] = []
             copied: Sequence[str] | None = None
             paused = -1.0
@@ -307,9 +312,11 @@ class Snapshots:
                 await self.copies.finish(snapshot_id, handle.id)
             await faults.point("namespace.checkpoint.frozen")
             made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, None,
-                            left_out, round(paused * 1000, 3), copied=copied)
+                            [*await in_memory, *left_out], round(paused * 1000, 3), copied=copied)
             made = await asyncio.to_thread(self._measured, made, rootfs)
         except BaseException as error:
+            if in_memory is not None:
+                in_memory.cancel()
             self._layers.pop(f"new {snapshot_id}", None)
             self.copies.forget(snapshot_id)
             self._collect()  # the layer stays while the sandbox runs on it
@@ -412,11 +419,6 @@ class Snapshots:
         finally:
             link.close()
 
-    def _begun(self, folder: str, first: int) -> list[str]:
-        """Create the folder; returns what is left out. OSError. Blocking."""
-        self.make_folder(folder)
-        return _left_out(first)
-
     def _measured(self, made: Snapshot, rootfs: RootFS) -> Snapshot:
         size = disk_layout.written(f"{self.folder(made.id)}/upper")
         return self._complete(dataclasses.replace(made, bytes=size), rootfs)
@@ -428,8 +430,12 @@ class Snapshots:
         for name in os.listdir(folder):
             if name.startswith("work"):
                 remove_tree(str(folder / name))
-        made = dataclasses.replace(made, identity=_identity([f"{self.folder(one)}/upper" for one in made.layers],
-                                                            rootfs.layers))  # fmt: skip
+        below = self._known.get(made.layers[1]) if len(made.layers) > 1 else None
+        if below is not None and list(below.layers) == list(made.layers[1:]):  # its own names are known
+            identity = _identity([f"{folder}/upper"], (), below.identity)
+        else:
+            identity = _identity([f"{self.folder(one)}/upper" for one in made.layers], rootfs.layers)
+        made = dataclasses.replace(made, identity=identity)
         atomic_file.replace(folder / "record.json", atomic_file.summed(json.dumps(dataclasses.asdict(made))))
         return made
 
@@ -472,13 +478,13 @@ def refuse_mount_points(folder: str, sandbox_id: str) -> None:
                                      sandbox_id=sandbox_id, hint="restore it")  # fmt: skip
 
 
-def _identity(frozen: Sequence[str], image: Sequence[str]) -> list[str]:
-    """The machine id of the image or the layers, and host keys that were made in a sandbox, relative to /. Blocking."""
-    found = []
-    if any("machine-id" in _names(layer, "etc") for layer in (*frozen, *image)):
-        found.append("etc/machine-id")
-    keys = {name for layer in frozen for name in _names(layer, "etc/ssh") if name.startswith("ssh_host_")}
-    return [*found, *(f"etc/ssh/{name}" for name in sorted(keys)[:_MOST_KEYS])]
+def _identity(frozen: Sequence[str], image: Sequence[str], known: Sequence[str] = ()) -> list[str]:
+    """The machine id of the image or the layers, and host keys that were made in a sandbox, relative to /. known: those
+    of layers below. Blocking."""
+    machine = "etc/machine-id" in known or any("machine-id" in _names(layer, "etc") for layer in (*frozen, *image))
+    keys = {f"etc/ssh/{name}" for layer in frozen for name in _names(layer, "etc/ssh") if name.startswith("ssh_host_")}
+    keys.update(name for name in known if name.startswith("etc/ssh/"))
+    return [*(["etc/machine-id"] if machine else []), *sorted(keys)[:_MOST_KEYS]]
 
 
 def _names(layer: str, path: str) -> list[str]:
