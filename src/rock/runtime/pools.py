@@ -92,6 +92,16 @@ class Pools(Protocol, metaclass=Capability):
         ...
 
 
+@runtime_checkable
+class TakesFiles(Protocol, metaclass=Capability):
+    """The runtime reads files of a sandbox without its pid 1."""
+
+    def take_file(self, handle: Handle, path: str, most: int) -> bytes | None:
+        """Read at most that many bytes of a file that a program of the sandbox has just written, and remove it. None
+        where that is not possible; the file may still be there then."""
+        ...
+
+
 class FirstProgram(NamedTuple):
     """A program that a runtime starts together with each new sandbox. paths: the first of them that the image has is
     its path, argv[0] and SHELL. data: a file of this content is open in it, at descriptor FIRST_DATA."""

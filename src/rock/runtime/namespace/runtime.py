@@ -31,7 +31,7 @@ from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.factory import Factory, RetainedFiles
 from rock.runtime.namespace.launcher import userns
 from rock.runtime.namespace.launcher.link import LaunchLink
-from rock.runtime.namespace.layers.snapshots import Snapshot, Snapshots
+from rock.runtime.namespace.layers.snapshots import Snapshot, Snapshots, taken_file
 from rock.runtime.namespace.layers.transfer import LayerTransfer
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
@@ -464,6 +464,9 @@ class NamespaceRuntime(InitSandboxes):
         layers = [snapshot_id, *await self._snapshots.next_layers(slot)]
         config = SandboxConfig(image=rootfs.name)  # its limits do not matter here
         return self._factory.spec(slot, handle.data["base"], Kind.of(rootfs, config), config, layers, freezing=True)
+
+    def take_file(self, handle: Handle, path: str, most: int) -> bytes | None:
+        return taken_file(handle.data["pid"], handle.data["start"], path, most)
 
     async def refusals(self, handle: Handle) -> Sequence[str]:
         return await self._snapshots.refusals(handle, await self._switch_spec(handle, "0" * 32), self.link(handle))
