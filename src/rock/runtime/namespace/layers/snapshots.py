@@ -21,7 +21,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,9 +223,12 @@ class Snapshots:
         self._again = True
         if not self._collecting:
             self._collecting = True
-            task = asyncio.create_task(self._remove(), name="unused layers")
-            self._removing.add(task)
-            task.add_done_callback(self._removing.discard)
+            self._in_background(self._remove(), "unused layers")
+
+    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._removing.add(task)
+        task.add_done_callback(self._removing.discard)
 
     async def _remove(self) -> None:
         try:
@@ -324,6 +327,7 @@ class Snapshots:
                 raise atomic_file.not_kept(error, handle.id, "a snapshot") from None
             raise
         self._known[snapshot_id] = made
+        self._in_background(asyncio.to_thread(_remove_work, folder), "unused work folders")
         self._parents[sandbox.slot] = made.layers
         self.merges.start(made.layers, rootfs)
         self._layers.pop(f"new {snapshot_id}", None)
@@ -427,9 +431,6 @@ class Snapshots:
         """Record a snapshot. Unsupported, OSError. Blocking."""
         folder = Path(self.folder(made.id))
         refuse_mount_points(str(folder), made.sandbox)
-        for name in os.listdir(folder):
-            if name.startswith("work"):
-                remove_tree(str(folder / name))
         below = self._known.get(made.layers[1]) if len(made.layers) > 1 else None
         if below is not None and list(below.layers) == list(made.layers[1:]):  # its own names are known
             identity = _identity([f"{folder}/upper"], (), below.identity)
@@ -500,6 +501,14 @@ def _names(layer: str, path: str) -> list[str]:
         finally:
             os.close(fd)
     return []
+
+
+def _remove_work(folder: str) -> None:
+    """Remove the work folders of a frozen layer, which would otherwise go with the layer. Blocking."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith("work"):
+                remove_tree(f"{folder}/{name}")
 
 
 def _report(handle: Handle, found: Snapshot) -> Frozen:
