@@ -1,10 +1,12 @@
-"""The creation of sandboxes on this machine, and their ends as events."""
+"""The creation of sandboxes on this machine, the ends of replaced ones, and ends as events."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from rock import faults
 from rock.errors import DiskFull, Exited, Expired, Lost, OutOfMemory, RockError
@@ -12,8 +14,11 @@ from rock.protocol.node import NodeEvent, NodeEvents
 from rock.protocol.sandbox import Cause, Phase, SandboxConfig
 from rock.rocklet.retained import RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
+from rock.rocklet.sandbox import Supervisor
 from rock.runtime.base import Handle, Runtime
 from rock.telemetry import tracing
+
+log = logging.getLogger("rock.node")
 
 # ---- creation ----
 
@@ -48,6 +53,49 @@ async def wake_sandbox(kept: RetainedSandboxes, sandbox_id: str, config: Sandbox
 
 def _done(message: str, began: float) -> Phase:
     return Phase(status="success", message=message, started_at=began, completed_at=time.time())
+
+
+# ---- sandboxes that a rollback replaced ----
+
+
+class Replaced:
+    """The sandboxes that rollbacks have replaced, until they are removed: one for each id, which its successor has. A
+    crash before that leaves them without a record, so the next start removes them."""
+
+    def __init__(self) -> None:
+        self._ending: dict[str, asyncio.Task[None]] = {}
+
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        return list(self._ending.values())
+
+    async def gone(self, sandbox_id: str) -> None:
+        """Wait until the one is removed that the last rollback of this sandbox replaced."""
+        if (task := self._ending.get(sandbox_id)) is not None:
+            await asyncio.wait({task})
+
+    async def end(self, old: Supervisor, *, whole: bool) -> None:
+        """End one, and return when all its processes have ended. whole: when all of it is removed; RockError then.
+        Otherwise its files and limits are removed in the background."""
+        task = self._ending[old.id] = asyncio.create_task(old.replaced(), name=f"replaced-{old.id}")
+        task.add_done_callback(lambda _: self._removed(old.id, task))
+        if whole:
+            await asyncio.shield(task)
+            return
+        ended = asyncio.create_task(old.runtime.wait(old.handle), name=f"end-of-replaced-{old.id}")
+        try:
+            await asyncio.wait({task, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done() and ended.exception() is not None:  # which tells nothing about its end
+                await asyncio.wait({task})
+        finally:
+            ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
+
+    def _removed(self, sandbox_id: str, task: asyncio.Task[None]) -> None:
+        if self._ending.get(sandbox_id) is task:
+            del self._ending[sandbox_id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("what a rollback of %s replaced is not removed: %s; the next start tries again", sandbox_id,
+                        error)
 
 
 # ---- events of ends ----

@@ -30,7 +30,7 @@ from rock.rocklet.idle import AFTER, IdleDescriptors
 from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
-from rock.rocklet.lifecycle import Ends, make, wake_sandbox
+from rock.rocklet.lifecycle import Ends, Replaced, make, wake_sandbox
 from rock.rocklet.pools import Pools as WarmPools
 from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
@@ -90,12 +90,14 @@ class Node:
         self.volumes = Volumes(folder.parent / "volumes", mountable, self._users_of, images.agents)
         self.runtimes.mount_source = self.volumes
         self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
+        self.runtimes.first_of = self.snapshots.first_program
         self.pools = WarmPools(self.runtimes)
         self.descriptors = IdleDescriptors(idle_after)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._rolling: dict[str, asyncio.Task[NodeSandbox]] = {}
+        self._replaced = Replaced()
         self._used = UsedImages()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,7 +125,7 @@ class Node:
         """Detach from every sandbox and leave it running."""
         self.ends.closing = True
         tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._rolling.values(),
-                 *self._tasks]
+                 *self._replaced.tasks(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -273,6 +275,7 @@ class Node:
         return await _joined(self._destroying, sandbox_id, lambda: self._destroy(sandbox_id, grace))
 
     async def _destroy(self, sandbox_id: str, grace: float) -> NodeSandbox:
+        await self._replaced.gone(sandbox_id)
         supervisor = await self._after_creation(sandbox_id)
         if supervisor is None:
             others = {*self.supervisors, *self._creating, *self.kept.ids(), *self.quarantine.ids()} - {sandbox_id}
@@ -297,6 +300,7 @@ class Node:
         return await _joined(self._stopped, sandbox_id, lambda: self._rest(sandbox_id, grace))
 
     async def _rest(self, sandbox_id: str, grace: float) -> NodeSandbox:
+        await self._replaced.gone(sandbox_id)
         supervisor = await self._after_creation(sandbox_id)
         if supervisor is not None:
             supervisor.cause = supervisor.cause or Cause.USER
@@ -338,6 +342,7 @@ class Node:
         return await _joined(self._rolling, sandbox_id, lambda: self._rollback(sandbox_id, snapshot_id))
 
     async def _rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
+        await self._replaced.gone(sandbox_id)
         old = self.get(sandbox_id)
         handle = await self.snapshots.replacement(old, snapshot_id)
         new = self.supervise(sandbox_id, old.config, old.runtime, handle)
@@ -352,11 +357,15 @@ class Node:
             raise not_started(error, sandbox_id) from None
         await faults.point("node.rollback.saved")
         self.supervisors[sandbox_id] = new
+        new.sessions.first = old.runtime.started(handle) if isinstance(old.runtime, StartsFirst) else None
         new.begin_idle()
         self._spawn(self._open_default(new, None))  # while the old one ends
-        await old.replaced()  # also removes its logs
-        await new.attach_processes(new.expected)
-        await new.saved()
+        if old.processes or new.expected:  # both have their logs in one folder
+            await self._replaced.end(old, whole=True)
+            await new.attach_processes(new.expected)
+            await new.saved()
+        else:
+            await self._replaced.end(old, whole=False)
         if (port := old.gateway_port.port) is not None:
             await new.open_gateway_port(port)
         return new.describe()
@@ -468,7 +477,7 @@ class Node:
     async def emptied(self, seconds: float) -> bool:
         """Wait for the removals in progress, up to a time limit; whether none is left."""
         tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._rolling.values(),
-                 *self._tasks]
+                 *self._replaced.tasks(), *self._tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
         return not self.has_sandboxes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.protocol.action import ConnectionList
@@ -26,7 +26,7 @@ from rock.runtime.base import (
     Trait,
 )
 from rock.runtime.plugins import BrokenRuntime
-from rock.runtime.pools import Pools, StartsFirst
+from rock.runtime.pools import FirstProgram, Pools, StartsFirst
 
 log = logging.getLogger("rock.node")
 
@@ -40,6 +40,7 @@ class Runtimes:
         self._images = images
         self.fetching = Fetching()
         self.mount_source: MountSource | None = None
+        self.first_of: Callable[[str, SandboxConfig], FirstProgram | None] = lambda snapshot_id, config: None
 
     def __getitem__(self, name: str) -> Runtime:
         return self._by_name[name]
@@ -60,6 +61,7 @@ class Runtimes:
             runtime.prepare = functools.partial(open_ahead, runtime)
         if isinstance(runtime, StartsFirst):
             runtime.first = first_program(DEFAULT)
+            runtime.first_of = self.first_of
         if isinstance(runtime, Mounts):
             runtime.mount_source = self.mount_source
         try:

@@ -30,12 +30,14 @@ from rock.protocol.action import CreateBashSessionRequest
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.protocol.snapshots import Level, NodeCheckpoint, NodeForkable, NodeImport, NodeSnapshot, NodeSnapshots
 from rock.rocklet.commands import programs, shell_state
-from rock.rocklet.commands.session import Session
+from rock.rocklet.commands.session import DEFAULT, Session
+from rock.rocklet.commands.shell_process import first_program
+from rock.rocklet.commands.shell_protocol import exports
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
 from rock.rocklet.snapshot_archive import END, ArchivedSession, Manifest, Reader, header, padding
 from rock.runtime.base import Forks, Frozen, Handle
-from rock.runtime.pools import MovesSnapshots
+from rock.runtime.pools import FirstProgram, MovesSnapshots
 
 log = logging.getLogger("rock.node")
 _PIECE = 1 << 20
@@ -141,6 +143,7 @@ class Snapshots:
                 frozen = await runtime.checkpoint(sandbox.handle, spec.snapshot_id, spec.files, continued=moment.over)
         copied = frozen.copied
         await faults.point("node.checkpoint.taken")
+        changed = frozen.handle != sandbox.handle
         sandbox.handle = frozen.handle
         level: Level = "files" if spec.memory == "files" or without else "session"
         if copied is not None:
@@ -154,7 +157,8 @@ class Snapshots:
         kept = {id: one for id, one in background.items() if programs.KEY + id in (copied or ())}
         shells = Shells(sessions, dict(sandbox.config.env), kept)
         try:
-            await sandbox.saved()
+            if changed:
+                await sandbox.saved()
             await faults.point("node.checkpoint.saved")
             await asyncio.to_thread(self._write, made, shells)
         except OSError as error:
@@ -253,7 +257,7 @@ class Snapshots:
         if missing := [name for name in sessions if name not in sandbox.sessions]:
             raise StartFailed(f"the shell of session {missing[0]} ended while it was copied", sandbox_id=sandbox.id,
                               hint="retry")
-        env = {name: value for name, value in sandbox.config.env.items() if shells.env.get(name) != value}
+        env = _changed(sandbox.config, shells)
         for session in sandbox.sessions:
             known = sessions.get(session.spec.session)
             session.continues(int(known["status"]) if known is not None else 0, env)
@@ -274,12 +278,27 @@ class Snapshots:
             if (names is None or name in names) and name not in sandbox.sessions:
                 state = None if text is None else base64.b64decode(text).decode("utf-8", "surrogateescape")
                 sandbox.sessions.inherited[name] = request, state
-        env = {name: value for name, value in sandbox.config.env.items() if shells.env.get(name) != value}
+        env = _changed(sandbox.config, shells)
 
         async def give(session: Session, state: str) -> None:
             await shell_state.give(session, state, env, sandbox.runtime, sandbox.handle)
 
         sandbox.sessions.give = give
+
+    def first_program(self, snapshot_id: str, config: SandboxConfig) -> FirstProgram | None:
+        """The bash of the default session with its state in a snapshot, for a sandbox with this config. None where that
+        session is another one."""
+        shells = self._shells.get(snapshot_id)
+        if shells is None:
+            return None
+        one = next((one for one in shells.sessions if one["spec"]["session"] == DEFAULT.session), None)
+        if one is None:
+            return first_program(DEFAULT)
+        if CreateBashSessionRequest.model_validate(one["spec"]) != DEFAULT:
+            return None
+        if one["state"] is None:
+            return first_program(DEFAULT)
+        return first_program(DEFAULT, base64.b64decode(one["state"]) + exports(_changed(config, shells)))
 
     # ---- export and import ----
 
@@ -407,6 +426,11 @@ class _Moment:
         self.over()
         assert self._ending is not None
         await asyncio.shield(self._ending)
+
+
+def _changed(config: SandboxConfig, shells: Shells) -> dict[str, str]:
+    """The variables of a sandbox that differ from those of the sandbox of a snapshot."""
+    return {name: value for name, value in config.env.items() if shells.env.get(name) != value}
 
 
 def _requests(sandbox: Supervisor) -> list[dict[str, Any]]:

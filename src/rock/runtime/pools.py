@@ -92,12 +92,23 @@ class Pools(Protocol, metaclass=Capability):
         ...
 
 
+@runtime_checkable
+class TakesFiles(Protocol, metaclass=Capability):
+    """The runtime reads files of a sandbox without its pid 1."""
+
+    def take_file(self, handle: Handle, path: str, most: int) -> bytes | None:
+        """Read at most that many bytes of a file that a program of the sandbox has just written, and remove it. None
+        where that is not possible; the file may still be there then."""
+        ...
+
+
 class FirstProgram(NamedTuple):
     """A program that a runtime starts together with each new sandbox. paths: the first of them that the image has is
-    its path, argv[0] and SHELL."""
+    its path, argv[0] and SHELL. data: a file of this content is open in it, at descriptor FIRST_DATA."""
 
     paths: Sequence[str]
     program: Program
+    data: bytes | None = None
 
 
 @runtime_checkable
@@ -106,6 +117,10 @@ class StartsFirst(Protocol, metaclass=Capability):
 
     first: FirstProgram | None
     """The program; it is kept, and runs as the user of the sandbox, in its environment and its working directory."""
+
+    first_of: Callable[[str, SandboxConfig], FirstProgram | None]
+    """The program of a sandbox that starts from a snapshot without processes, by the id of the snapshot and the config
+    of the sandbox; None starts none."""
 
     def started(self, handle: Handle) -> tuple[str, Process] | None:
         """The path and the process of the first program of a sandbox, once. None where it was not started: the user

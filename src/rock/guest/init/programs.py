@@ -21,6 +21,7 @@ OOM_SCORE = b"500"
 FIRST_KEY = "session:default"  # of a program that was started together with pid 1
 FIRST_STREAMS = ("stdin", "stdout", "197", "199")  # its streams
 FIRST_NUMBERS = ((0,), (1, 2), (197,), (199,))  # their descriptors in the program
+FIRST_DATA = 196  # the descriptor of its data, if it has some
 
 
 class Program:

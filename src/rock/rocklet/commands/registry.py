@@ -56,7 +56,8 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._shells: dict[str | None, Shell] = {}
         self._opening: dict[str, asyncio.Task[Session]] = {}
-        # path and process of the bash of the default session, where it was started with the sandbox
+        # path and process of the bash of the default session, where it was started with the sandbox, and with the
+        # state that it inherits
         self.first: tuple[str, Process] | None = None
 
         # sessions of the snapshot from which the sandbox was started, until they are opened: request and state
@@ -110,9 +111,12 @@ class Sessions:
             old = self._sessions.pop(request.session, None)
             if old is not None:
                 await old.close()
+            has_state = self.first is not None and request == DEFAULT  # it was started with it
             session = await self._open_shell(request)
             _, state = self.inherited.pop(request.session, (None, None))
-            if state is not None and self.give is not None:
+            if state is not None and has_state:
+                session.startup_output = ""  # such as of `set -x`
+            elif state is not None and self.give is not None:
                 await self.give(session, state)
             self._add(request.session, session)
             await faults.point("session.opened")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import time
 from collections.abc import Callable
@@ -342,10 +343,15 @@ def program_of(spec: CreateBashSessionRequest, shell: Shell, cwd: str | None = N
 _FOLDERS = ("/bin", "/usr/bin", "/usr/local/bin")
 
 
-def first_program(spec: CreateBashSessionRequest) -> FirstProgram:
-    """The bash of a session, for a runtime that starts it together with a sandbox."""
+def first_program(spec: CreateBashSessionRequest, state: bytes | None = None) -> FirstProgram:
+    """The bash of a session, for a runtime that starts it together with a sandbox. state: a script that it runs before
+    all others."""
     paths = [f"{folder}/bash" for folder in _FOLDERS]
-    return FirstProgram(paths, program_of(spec, Shell(paths[0], shell_protocol.BASH)))
+    program = program_of(spec, Shell(paths[0], shell_protocol.BASH))
+    if state is None:
+        return FirstProgram(paths, program)
+    env = {**program.env, **shell_protocol.BASH.environment(inherits=True)}
+    return FirstProgram(paths, dataclasses.replace(program, env=env), shell_protocol.inherited(state))
 
 
 async def find_shell(runtime: Runtime, handle: Handle, wanted: str | None = None) -> Shell:

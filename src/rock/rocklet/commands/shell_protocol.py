@@ -44,10 +44,12 @@ class Dialect:
         options = ["--norc", "--noprofile"] if self.is_bash else []
         return [path, *options, *([f"/dev/fd/{self.script}"] if pty else [])]
 
-    def environment(self, pty: bool = False) -> dict[str, str]:
+    def environment(self, pty: bool = False, *, inherits: bool = False) -> dict[str, str]:
         """Setup of the shell that the first command reads from the environment and unsets: a shell reads a pipe byte by
-        byte."""
-        return {_HOOK: _exit_hook(self, pty)} if self.is_bash else {}
+        byte. inherits: it begins with a script of `inherited`."""
+        if not self.is_bash:
+            return {}
+        return {_HOOK: _exit_hook(self, pty) + (_INHERIT.format(hook=_HOOK, state=self.state) if inherits else "")}
 
 
 BASH = Dialect("bash", script=198, status=199, errors=197, state=196)
@@ -87,6 +89,9 @@ exec -a bash "$BASH" --norc --noprofile {source}; fi' EXIT
 
 
 _HOOK = "__rock_hook"
+# The script is a file, open at descriptor `state`, which it closes itself: it runs once, also when a rocklet crashes
+# before it has sent the first command.
+_INHERIT = "unset {hook}\n{{ . /dev/fd/{state}; }} >/dev/null 2>/dev/null\n"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Variables that a shell evaluates at its start, or that are read-only.
 _OWN = re.compile(r"(BASH.*|SHELLOPTS|POSIXLY_CORRECT|ENV|UID|EUID|PPID|FUNCNAME|GROUPS|DIRSTACK|IFS|OPTIND|OPTERR)")
@@ -100,6 +105,11 @@ def can_export(name: str) -> bool:
 def exports(env: Mapping[str, str]) -> bytes:
     """Lines that export variables to the environment of a shell and of its processes."""
     return encode("".join(f"export {name}={quote(value)}\n" for name, value in env.items()))
+
+
+def inherited(state: bytes) -> bytes:
+    """The content of the file with which a bash begins that inherits the state of another one."""
+    return b"exec %d<&-\n%s" % (BASH.state, state)
 
 
 def trace(traceparent: str | None) -> bytes:

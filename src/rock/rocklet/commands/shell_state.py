@@ -16,6 +16,7 @@ from rock.protocol.action import BashAction
 from rock.rocklet.commands.session import Session
 from rock.rocklet.commands.shell_protocol import exports
 from rock.runtime.base import Files, Handle, Runtime
+from rock.runtime.pools import TakesFiles
 
 NOT_CARRIED = "background jobs, open descriptors, history, directory stack, $!, sequence of $RANDOM"
 _MOST = 4 << 20  # bytes
@@ -46,14 +47,11 @@ async def read(session: Session, runtime: Runtime, handle: Handle) -> str | None
     command = _DUMP.format(signals=_SIGNALS, limits=_LIMITS, path=path, mark=mark)
     try:
         await session.run_aside(BashAction(session=session.spec.session, command=command, timeout=_PATIENCE))
-        fd = await runtime.open_read(handle, path)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(_MOST + 1)
+        taken = runtime.take_file(handle, path, _MOST + 1) if isinstance(runtime, TakesFiles) else None
+        data = await _read(runtime, handle, path) if taken is None else taken
     except RockError:
+        await _remove(runtime, handle, path)
         return None
-    finally:
-        with contextlib.suppress(RockError):
-            await runtime.remove(handle, path)
     options, found, rest = data.decode("utf-8", "surrogateescape").partition(f"{mark}\n")
     if not found or len(data) > _MOST or not rest.endswith(f"\n{mark}\n"):
         return None
@@ -73,8 +71,21 @@ async def give(session: Session, state: str, env: dict[str, str], runtime: Runti
         command = f"{{ . {path}; }} >/dev/null 2>/dev/null"
         await session.run_aside(BashAction(session=session.spec.session, command=command, timeout=_PATIENCE))
     finally:
-        with contextlib.suppress(RockError):
-            await runtime.remove(handle, path)
+        await _remove(runtime, handle, path)
+
+
+async def _read(runtime: Files, handle: Handle, path: str) -> bytes:
+    """The content of a file, which is removed. RockError, also where it stays."""
+    fd = await runtime.open_read(handle, path)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(_MOST + 1)
+    await _remove(runtime, handle, path)
+    return data
+
+
+async def _remove(runtime: Files, handle: Handle, path: str) -> None:
+    with contextlib.suppress(RockError):
+        await runtime.remove(handle, path)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -307,11 +307,12 @@ class InitLink:
 
 
 class FirstStreams:
-    """The pipes of a program that is started together with pid 1, and the connection to pid 1. OSError."""
+    """The pipes of a program that is started together with pid 1, its data, and the connection to pid 1. OSError."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: bytes | None = None) -> None:
         self.ours: list[int] = []
         self.theirs: list[int] = []
+        self._data: list[int] = []
         ours, self._peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._sock: socket.socket | None = ours
@@ -321,15 +322,17 @@ class FirstStreams:
                 self.ours.append(writing if name == "stdin" else reading)
                 self.theirs.append(reading if name == "stdin" else writing)
                 os.set_blocking(self.ours[-1], False)
+            if data is not None:
+                self._data.append(_sealed(data))
         except BaseException:
             self.close()
             raise
 
     @property
     def fds(self) -> list[int]:
-        """Those that pid 1 receives: the program's ends, the server's, of which it retains copies, and the
-        connection."""
-        return [*self.theirs, *self.ours, self._peer.fileno()]
+        """Those that pid 1 receives: the program's ends, the server's, of which it retains copies, the connection, and
+        the program's data."""
+        return [*self.theirs, *self.ours, self._peer.fileno(), *self._data]
 
     def adopt(self, sandbox_id: str, pid: int, key: str) -> tuple[InitLink, InitProcess]:
         """The connection, and the kept program that was started with this pid. They own the server's ends."""
@@ -343,8 +346,23 @@ class FirstStreams:
         if self._sock is not None:
             self._sock.close()
         self._peer.close()
-        _close_all([*self.ours, *self.theirs])
-        self.ours, self.theirs = [], []
+        _close_all([*self.ours, *self.theirs, *self._data])
+        self.ours, self.theirs, self._data = [], [], []
+
+
+def _sealed(data: bytes) -> int:
+    """A memory file of this content, which cannot be changed. OSError."""
+    fd = os.memfd_create("rock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view):]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS,
+                    fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 class InitProcess:

@@ -27,6 +27,9 @@ _MOST = 32  # templates
 _PAUSES = (0.003, 0.01, 0.03, 0.1)  # seconds before a look is repeated, such as while a process receives a signal
 
 
+_Programs = tuple[list[dict[str, Any]], int]  # of a tree, as pid 1 adopts them, and the bytes of its pages
+
+
 class CopiesEnded(errors.StartFailed):
     """The template or the launcher was killed while it started copies: another sandbox may succeed. In this one pid 1
     may have seen the end of programs already."""
@@ -41,6 +44,7 @@ class Copies:
         self.memory = memory
         self._held: OrderedDict[str, int] = OrderedDict()  # bytes by snapshot
         self._starting: Counter[str] = Counter()  # starts in progress, by snapshot
+        self._programs: OrderedDict[str, _Programs] = OrderedDict()  # of the last snapshots, which do not change
 
     def refused(self) -> str:
         """The reason why this server copies no processes, or ""."""
@@ -95,6 +99,7 @@ class Copies:
 
     def forget(self, snapshot_id: str) -> None:
         """End the template of a snapshot. Idempotent."""
+        self._programs.pop(snapshot_id, None)
         if self._held.pop(snapshot_id, None) is not None:
             self._slots.launcher.post("forget", {"snapshot": snapshot_id})
 
@@ -103,7 +108,12 @@ class Copies:
     async def start(self, sandbox: Sandbox, handle_id: str, snapshot_id: str, folder: str) -> None:
         """Start copies of the processes in a new sandbox. CopiesEnded, StartFailed, Lost; the sandbox is then to be
         removed."""
-        programs, size = await asyncio.to_thread(_programs, Path(folder), handle_id)
+        if snapshot_id not in self._programs:
+            self._programs[snapshot_id] = await asyncio.to_thread(_programs, Path(folder), handle_id)
+        self._programs.move_to_end(snapshot_id)
+        if len(self._programs) > _MOST:
+            self._programs.popitem(last=False)
+        programs, size = self._programs[snapshot_id]
         link = sandbox.link
         assert link is not None
         reply, fds = await link.request("adopt", {"programs": programs})
@@ -132,7 +142,7 @@ class Copies:
                    hint="raise the limits of the sandbox, or take a snapshot with memory=\"session\"")
 
 
-def _programs(folder: Path, sandbox_id: str) -> tuple[list[dict[str, Any]], int]:
+def _programs(folder: Path, sandbox_id: str) -> _Programs:
     """The programs of copied processes, as pid 1 adopts them, and the bytes of their pages. StartFailed."""
     try:
         tree = state.read(str(folder))

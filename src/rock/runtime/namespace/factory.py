@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rock import errors, faults
-from rock.guest.init.programs import FIRST_KEY, FIRST_NUMBERS
+from rock.guest.init.programs import FIRST_DATA, FIRST_KEY, FIRST_NUMBERS
 from rock.host.atomic_file import not_started
 from rock.host.child_process import Ended
 from rock.images.records import Lease
@@ -47,7 +47,7 @@ class _ZygoteEnded(errors.Unavailable):
 
 class Factory:
     """spares: run folders that the launcher prepared; it appends their names. first: the program to start together with
-    a sandbox of new files."""
+    a sandbox of an image alone."""
 
     def __init__(self, slots: Slots, disks: Disks, images: Images) -> None:
         self.spares: list[str] = []
@@ -68,14 +68,16 @@ class Factory:
 
     async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
                    folders: Sequence[FolderMount] = (), layers: Sequence[str] = (),
-                   identity: Sequence[str] = ()) -> Sandbox:
+                   identity: Sequence[str] = (), first: FirstProgram | None = None) -> Sandbox:
         """Have the launcher create a sandbox, over the files of `kept` if given, with these folders, and a record on
         disk; without an `id` it has no owner. layers: snapshots above its image, newest first. identity: their
-        files that it has new, or not at all. StartFailed, StorageFull, ImageError.
+        files that it has new, or not at all. first: its first program, where it has layers. StartFailed, StorageFull,
+        ImageError.
 
         A started create runs to its end when the caller is cancelled, so that nothing is left behind.
         """
-        task = asyncio.create_task(self._make_whole(id, kind, config, kept, folders, layers, identity))
+        first = first if layers else self.first
+        task = asyncio.create_task(self._make_whole(id, kind, config, kept, folders, layers, identity, first))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -85,17 +87,19 @@ class Factory:
             raise
 
     async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
-                          mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str]) -> Sandbox:
+                          mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str],
+                          first: FirstProgram | None) -> Sandbox:
         """Create a sandbox; retry once in another run folder when the launcher or its zygote died meanwhile."""
         try:
-            return await self._make_once(id, kind, config, kept, mounted, layers, identity)
+            return await self._make_once(id, kind, config, kept, mounted, layers, identity, first)
         except (Ended, _ZygoteEnded):
             if kept is not None:  # its files are restored; the next request uses a new launcher
                 raise
-            return await self._make_once(id, kind, config, kept, mounted, layers, identity)
+            return await self._make_once(id, kind, config, kept, mounted, layers, identity, first)
 
     async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
-                         mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str]) -> Sandbox:
+                         mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str],
+                         first: FirstProgram | None) -> Sandbox:
         slots = self._slots
         slot = kept.slot if kept else self.spares.pop(0) if self.spares else records.new_slot()
         base = slots.ranges.take(slot)
@@ -103,7 +107,7 @@ class Factory:
         slots.making.add(slot)
         streams: FirstStreams | None = None
         try:
-            program = self._program(kind, config) if kept is None and not layers and not mounted else None
+            program = None if kept is not None or mounted else self._program(first, kind, config)
             if kept is None:
                 self._place(slot)
             if config.disk is not None:
@@ -111,11 +115,11 @@ class Factory:
             spec = {**self.spec(slot, base, kind, config, layers), "woken": kept is not None,
                     "identity": list(identity), "folders": [_folder_spec(one) for one in mounted], "program": program}
             await faults.point("namespace.placed")
-            if program is None:
+            if first is None or program is None:
                 reply = await self._request(spec, kind, [])
             else:
                 async with self._gate:
-                    streams = FirstStreams()
+                    streams = FirstStreams(first.data)
                     reply = await self._request(spec, kind, streams.fds)
             if "error" in reply:
                 if reply.get("errno") == errno.ESRCH:
@@ -151,12 +155,14 @@ class Factory:
         spec["leased"] = lease is not None
         return await self._slots.launcher.request("create", spec, fds if lease is None else [*fds, lease.fd])
 
-    def _program(self, kind: Kind, config: SandboxConfig) -> dict[str, Any] | None:
+    @staticmethod
+    def _program(first: FirstProgram | None, kind: Kind, config: SandboxConfig) -> dict[str, Any] | None:
         """What the launcher needs to know of the first program. None where only pid 1 can start it."""
-        if self.first is None or config.nofile is not None:
+        if first is None or config.nofile is not None:
             return None
-        program = self.first.program
-        return {"paths": list(self.first.paths), "arguments": list(program.argv[1:]), "numbers": FIRST_NUMBERS,
+        program = first.program
+        return {"paths": list(first.paths), "arguments": list(program.argv[1:]), "numbers": FIRST_NUMBERS,
+                "data": 0 if first.data is None else FIRST_DATA,
                 "user": kind.rootfs.user, "env": merged(environment(kind.rootfs, config), program.env),
                 "cwd": kind.rootfs.cwd or "/"}
 

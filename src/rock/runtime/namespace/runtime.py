@@ -31,7 +31,7 @@ from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.factory import Factory, RetainedFiles
 from rock.runtime.namespace.launcher import userns
 from rock.runtime.namespace.launcher.link import LaunchLink
-from rock.runtime.namespace.layers.snapshots import Snapshots
+from rock.runtime.namespace.layers.snapshots import Snapshot, Snapshots, taken_file
 from rock.runtime.namespace.layers.transfer import LayerTransfer
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
@@ -90,6 +90,7 @@ class NamespaceRuntime(InitSandboxes):
         self._shared_pools: dict[str, str] = {}  # names of pools that have the members of another one
         self.isolation = Isolation.NAMESPACES
         self.prepare: Callable[[Handle], Awaitable[Prepared | None]] | None = None
+        self.first_of: Callable[[str, SandboxConfig], FirstProgram | None] = lambda snapshot_id, config: None
 
     # ---- lifecycle of the runtime ----
 
@@ -247,8 +248,9 @@ class NamespaceRuntime(InitSandboxes):
             sandbox = await self._made(id, kind, config)
         if config.snapshot is not None:
             found = self._snapshots.get(config.snapshot)
+            first = self._first_of(found, config)
             sandbox = await self._with_copies(sandbox, config.snapshot, id, lambda: self._made(
-                id, kind, config, layers=found.layers, identity=found.identity))
+                id, kind, config, layers=found.layers, identity=found.identity, first=first))
         assert sandbox is not None
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
         if config.network == "nat":
@@ -284,17 +286,22 @@ class NamespaceRuntime(InitSandboxes):
                 raise
 
     async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
-                    layers: Sequence[str] = (), identity: Sequence[str] = ()) -> Sandbox:
-        """layers: snapshots above its image. identity: see Factory.make."""
+                    layers: Sequence[str] = (), identity: Sequence[str] = (),
+                    first: FirstProgram | None = None) -> Sandbox:
+        """layers: snapshots above its image. identity, first: see Factory.make."""
         with self._snapshots.using(layers) as claim:
             try:
                 sandbox = await self._factory.make(id, kind, config, kept, await self._folders(config), layers,
-                                                   identity)
+                                                   identity, first)
             except errors.RockError as error:
                 error.sandbox_id = id
                 raise
             claim(sandbox.slot)
         return sandbox
+
+    def _first_of(self, found: Snapshot, config: SandboxConfig) -> FirstProgram | None:
+        """The first program of a sandbox that starts from this snapshot; copied processes have their own."""
+        return self.first_of(found.id, config) if found.copied is None else None
 
     async def _connect(self, handle: Handle, *, fresh: bool = False) -> None:
         """Have the egress proxy serve its connections, according to its policy."""
@@ -458,6 +465,9 @@ class NamespaceRuntime(InitSandboxes):
         config = SandboxConfig(image=rootfs.name)  # its limits do not matter here
         return self._factory.spec(slot, handle.data["base"], Kind.of(rootfs, config), config, layers, freezing=True)
 
+    def take_file(self, handle: Handle, path: str, most: int) -> bytes | None:
+        return taken_file(handle.data["pid"], handle.data["start"], path, most)
+
     async def refusals(self, handle: Handle) -> Sequence[str]:
         return await self._snapshots.refusals(handle, await self._switch_spec(handle, "0" * 32), self.link(handle))
 
@@ -466,9 +476,9 @@ class NamespaceRuntime(InitSandboxes):
 
     async def replace(self, handle: Handle, config: SandboxConfig, snapshot_id: str) -> Handle:
         found = self._snapshots.get(snapshot_id)
-        rootfs = self._snapshots.rootfs(snapshot_id)
+        rootfs, first = self._snapshots.rootfs(snapshot_id), self._first_of(found, config)
         sandbox = await self._with_copies(None, snapshot_id, handle.id, lambda: self._made(
-            handle.id, Kind.of(rootfs, config), config, layers=found.layers))
+            handle.id, Kind.of(rootfs, config), config, layers=found.layers, first=first))
         replaced = self._handles.claimed(sandbox, handle.id, rootfs, config)
         if config.network == "nat":
             try:
@@ -480,8 +490,8 @@ class NamespaceRuntime(InitSandboxes):
 
     def snapshots(self) -> Mapping[str, Sequence[str]]:
         names = {slot: id for id, slot in self._slots.slot_of.items()}
-        unclaimed = {member.slot for member in self._pool.members()}
-        return {one: [names.get(slot, slot) for slot in slots if slot not in unclaimed]
+        others = {member.slot for member in self._pool.members()} | self._slots.ending
+        return {one: [names.get(slot, slot) for slot in slots if slot not in others]
                 for one, slots in self._snapshots.users().items()}  # fmt: skip
 
     async def drop_snapshot(self, snapshot_id: str) -> bool:

@@ -173,6 +173,7 @@ class Ending:
 
 class Slots:
     """The slots below `run_dir`, whose path has no links. making: slots under construction, which the sweep skips.
+    ending: slots that are being removed.
 
     launcher: set when the runtime opens, once the launcher's options are known.
     """
@@ -183,6 +184,7 @@ class Slots:
         self.run_dir = run_dir
         self.live: dict[str, Sandbox] = {}
         self.making: set[str] = set()
+        self.ending: set[str] = set()
         self.slot_of: dict[str, str] = {}  # by sandbox: a rollback gives a sandbox another slot
         self.layers: dict[str, Sequence[str]] = {}  # by slot: layers of snapshots above the image, newest first
         self.removed: list[Callable[[str], None]] = []  # called with a slot whose files are gone
@@ -333,9 +335,11 @@ class Slots:
                        folders: Mapping[str, str]) -> None:
         """Remove all resources of a complete or incomplete sandbox. Idempotent."""
         link = self._release(slot)
+        self.ending.add(slot)
         try:
             await self._remove(slot, pid, start, base, folders)
         finally:
+            self.ending.discard(slot)
             if link is not None:  # not before: pid 1 would wake and work, and then be killed
                 link.close()
 

@@ -51,6 +51,7 @@ class Descriptors(NamedTuple):
     sockets: its egress sockets; pid 1 retains them for the next server.
     streams: of its first program: the ends of the program, then those that pid 1 retains; empty without one.
     connection: of the server, where there is a first program; else -1.
+    data: of the first program; -1 where it has none.
     """
 
     listener: int
@@ -62,18 +63,19 @@ class Descriptors(NamedTuple):
     sockets: tuple[int, ...] = ()
     streams: tuple[int, ...] = ()
     connection: int = -1
+    data: int = -1
 
     @property
     def pages(self) -> int:
         """An unused descriptor number, for its own page table."""
         return 1 + max(self.listener, self.ready, *self.gate, self.userns, self.lease, self.net, *self.sockets,
-                       *self.streams, self.connection)
+                       *self.streams, self.connection, self.data)
 
     @property
     def kept(self) -> set[int]:
         """Those that pid 1 has when it drops the others."""
         return {self.listener, self.ready, self.lease, self.pages, *self.sockets, *self.streams,
-                self.connection} - {-1}
+                self.connection, self.data} - {-1}
 
 
 class Constants:
@@ -193,6 +195,9 @@ def plan_program(area: Area, constants: Constants, fds: Descriptors, spec: dict[
     calls += [(number["setsid"],), (number["prctl"], native.PR_SET_CHILD_SUBREAPER, 1)]
     for fd, wanted in zip(theirs, program["numbers"], strict=True):
         calls += [(number["dup3"], fd, one, 0) for one in wanted]
+    if fds.data >= 0:
+        calls.append((number["dup3"], fds.data, program["data"], 0))
+        theirs = (*theirs, fds.data)
     if spec["privileged"] and program["user"]:
         calls += [(number["setgroups"], len(user.groups), area.put(struct.pack(f"{len(user.groups)}I", *user.groups))),
                   (number["setresgid"], user.gid, user.gid, user.gid),
@@ -311,18 +316,18 @@ _STREAMS = 8  # of the first program, both ends
 
 
 def pack_note(fds: Descriptors, server: int) -> bytes:
-    """Pack the data for pid 1: its descriptors and the server's user id as seen inside. native/zygote.c reads the last
-    three, the output of the first program."""
+    """Pack the data for pid 1: its descriptors and the server's user id as seen inside. native/zygote.c reads the
+    output of the first program: the three before the last."""
     streams = [*fds.streams, *([-1] * (_STREAMS - len(fds.streams)))]
-    return struct.pack("15q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages, fds.connection,
-                       *streams)
+    return struct.pack("16q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages, fds.connection,
+                       *streams, fds.data)
 
 
 def live(note: bytes, failed: int, sweep: PageSharing | None, first: First | None) -> None:
     """Continue in Python after the calls, as pid 1; never returns. `failed`: index of the failed call, or -1. `first`:
     what it did before it had work."""
-    listener, ready, server, *found = struct.unpack_from("15q", note)
-    sockets, pages, connection, streams = found[:2], found[2], found[3], found[4:]
+    listener, ready, server, *found = struct.unpack_from("16q", note)
+    sockets, pages, connection, streams, data = found[:2], found[2], found[3], found[4:12], found[12]
     if failed >= 0:
         os.write(ready, json.dumps({"row": failed}).encode())
         os._exit(1)
@@ -334,7 +339,7 @@ def live(note: bytes, failed: int, sweep: PageSharing | None, first: First | Non
         if first is not None:
             one.take_over(first.pid, streams[_STREAMS // 2 :], first.connection, bool(first.watching))
         elif connection >= 0:  # the server starts the program, and connects
-            for fd in (connection, *streams):
+            for fd in (connection, *streams, *([data] if data >= 0 else [])):
                 os.close(fd)
         gc.freeze()
         if first is None:

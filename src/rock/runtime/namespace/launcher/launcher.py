@@ -173,7 +173,7 @@ class Launcher:
             request = unpack(data, fds)
             if request["op"] == "create":
                 request["lease"] = fds.pop() if fds and request["leased"] else -1
-                request["streams"] = self._streams(request, fds)
+                request["streams"], request["data"] = self._streams(request, fds)
                 self.queue.append(request)
             elif request["op"] == "retire":
                 self._retire(request)
@@ -198,19 +198,22 @@ class Launcher:
             for fd in fds:
                 os.close(fd)
 
-    def _streams(self, request: dict[str, Any], fds: list[int]) -> list[int]:
-        """Take the descriptors of the first program, and that of the connection; none where it is not to be started
-        with pid 1. Their numbers are none of those that the program has."""
+    def _streams(self, request: dict[str, Any], fds: list[int]) -> tuple[list[int], int]:
+        """Take the descriptors of the first program with that of the connection, and that of its data; none and -1
+        where it is not to be started with pid 1. Their numbers are none of those that the program has."""
         program = request["program"]
-        if program is None or len(fds) != 2 * len(program["numbers"]) + 1 or not self.zygote.starts_programs:
-            return []
-        taken, wanted = fds[:], {number for numbers in program["numbers"] for number in numbers}
+        if program is None or not self.zygote.starts_programs:
+            return [], -1
+        if len(fds) != 2 * len(program["numbers"]) + 1 + bool(program["data"]):
+            return [], -1
+        taken, wanted = fds[:], {number for numbers in program["numbers"] for number in numbers} | {program["data"]}
         fds.clear()
         for index, fd in enumerate(taken):
             if fd in wanted:
                 taken[index] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(wanted) + 1)
                 os.close(fd)
-        return taken
+        data = taken.pop() if program["data"] else -1
+        return taken, data
 
     def _answer(self, request: dict[str, Any], reply: dict[str, Any]) -> None:
         self.outgoing.append(pack({"id": request["id"], **reply}))
@@ -255,7 +258,8 @@ class Launcher:
                 net, *sockets = self.wired.take()
             listener = listener or furnish.bind(spec["slot"])
             fds = child_setup.Descriptors(listener.fileno(), reporting.fileno(), gate, namespace, spec["lease"], net,
-                                          tuple(sockets), tuple(spec["streams"][:-1]), *spec["streams"][-1:])
+                                          tuple(sockets), tuple(spec["streams"][:-1]),
+                                          spec["streams"][-1] if spec["streams"] else -1, spec["data"])
             child_setup.plan(area, self.constants, fds, spec)
             self.unnamed.prepare(spec["binds"])
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" or net >= 0 else 0)
@@ -286,7 +290,7 @@ class Launcher:
             reporting.close()
             if listener is not None:
                 listener.close()
-            for fd in (*gate, spec["lease"], net, *sockets, *spec["streams"]):
+            for fd in (*gate, spec["lease"], net, *sockets, *spec["streams"], spec["data"]):
                 if fd >= 0:
                     os.close(fd)
 

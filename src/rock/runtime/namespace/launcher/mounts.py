@@ -191,13 +191,23 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
         return _detached(spec, _stack_root(spec, userns, opened), userns)
 
 
+def attach_lowers(spec: dict[str, Any], staging: str, userns: int) -> None:
+    """Attach the layers of a privileged sandbox but the first, which is still written to, for `stack_written`."""
+    os.chdir(staging)
+    with contextlib.ExitStack() as opened:
+        for index, layer in enumerate(spec["layers"]):
+            if index:
+                _stacked(layer, index, userns, opened)
+
+
 def stack_written(spec: dict[str, Any], staging: str, userns: int, targets: Collection[str]) -> dict[str, int]:
-    """The overlays of a sandbox that it writes to, as detached mounts by target: the root and those of `targets`."""
+    """The overlays of a sandbox that it writes to, as detached mounts by target: the root and those of `targets`. After
+    `attach_lowers` in this mount namespace."""
     os.chdir(staging)
     made: dict[str, int] = {}
     try:
         with contextlib.ExitStack() as opened:
-            writable = _stack_root(spec, userns, opened)
+            writable = _stack_root(spec, userns, opened, attached=True)
             made["/"] = kernel.open_tree("root")
             for index, bind in enumerate(spec["binds"]):
                 if bind["target"] in targets:
@@ -209,8 +219,9 @@ def stack_written(spec: dict[str, Any], staging: str, userns: int, targets: Coll
         raise
 
 
-def _stack_root(spec: dict[str, Any], userns: int, opened: contextlib.ExitStack) -> str:
-    """Mount the overlay at root; returns the folder with the writable folders, valid until `opened` is closed."""
+def _stack_root(spec: dict[str, Any], userns: int, opened: contextlib.ExitStack, *, attached: bool = False) -> str:
+    """Mount the overlay at root; returns the folder with the writable folders, valid until `opened` is closed.
+    attached: see `attach_lowers`."""
     mapped = userns >= 0
     if spec["disk"]:
         if mapped:
@@ -221,11 +232,15 @@ def _stack_root(spec: dict[str, Any], userns: int, opened: contextlib.ExitStack)
     writable = "rw" if mapped or spec["disk"] else _unnamed(spec["slot"], opened)
     lowers = []
     for index, layer in enumerate(spec["layers"]):
-        if not os.path.isdir(layer):
-            raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
-        lowers.append(_lower(layer, f"l{index}", index < SLOTS, userns, opened))
+        lowers.append(f"l{index}" if attached and index else _stacked(layer, index, userns, opened))
     overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
     return writable
+
+
+def _stacked(layer: str, index: int, userns: int, opened: contextlib.ExitStack) -> str:
+    if not os.path.isdir(layer):
+        raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
+    return _lower(layer, f"l{index}", index < SLOTS, userns, opened)
 
 
 def _lower(layer: str, spot: str, prepared: bool, userns: int, opened: contextlib.ExitStack) -> str:

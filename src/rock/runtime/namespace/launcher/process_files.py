@@ -138,11 +138,12 @@ def look(pid: int, first: int, replaced: Mapping[int, str], namespace: str, end:
             problems.append(f"{name} has a mount namespace of its own")
         if os.readlink(f"/proc/{pid}/root") != "/":
             problems.append(f"{name} has another root directory")
-        if int(status(pid).get("SigIgn", "0"), 16) & _TRAP:
+        if int(_line_of(content(f"/proc/{pid}/status"), b"SigIgn") or "0", 16) & _TRAP:
             problems.append(f"{name} ignores SIGTRAP, which injected calls would reset")
         folder = _folder(pid, name, replaced, problems)
         files = list(_files(pid, name, replaced, problems, sockets, end))
-        problems += _mappings(pid, name)
+        if pid != first:  # pid 1 maps no file of the sandbox, and its processes cannot make it do so
+            problems += _mappings(pid, name)
         if pid == first and (folder or files):
             problems.append("an operation on files is in progress")
     except (FileNotFoundError, ProcessLookupError):
@@ -181,8 +182,12 @@ def status(pid: int) -> dict[str, str]:
 
 def _filters(pid: int) -> str:
     """The number of system call filters of a process."""
-    found = content(f"/proc/{pid}/status").partition(b"\nSeccomp_filters:")[2]
-    return found.partition(b"\n")[0].strip().decode()
+    return _line_of(content(f"/proc/{pid}/status"), b"Seccomp_filters")
+
+
+def _line_of(data: bytes, name: bytes) -> str:
+    """The value of one line of a file of names and values; "" without it."""
+    return data.partition(b"\n%s:" % name)[2].partition(b"\n")[0].strip().decode()
 
 
 def own_filters(counts: Mapping[int, str], first: int) -> list[str]:

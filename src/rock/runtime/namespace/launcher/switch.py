@@ -46,6 +46,7 @@ def switch(spec: dict[str, Any], staging: str, namespace: int, home: furnish.Hos
     if not ptrace.SUPPORTED:
         raise Refused("this machine's processor is not supported")
     usual = os.getpriority(os.PRIO_PROCESS, 0)
+    lowers = _attach_lowers(spec, staging, namespace, home)
     stopped, began = ptrace.Stopped(), time.monotonic()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, _URGENT)
@@ -57,10 +58,11 @@ def switch(spec: dict[str, Any], staging: str, namespace: int, home: furnish.Hos
         if between is not None:
             between(stopped)
         with _moved(spec):
-            _mount(spec, staging, namespace, home, set(replaced.values()), others)
+            _mount(spec, staging, namespace, home, set(replaced.values()), others, lowers)
         lost = [reason for one in found if (reason := _repair(one))]
     finally:
         stopped.release()
+        os.close(lowers)
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, usual)
     return {"paused": time.monotonic() - began, "lost": lost, "processes": len(found) - 1}
@@ -235,10 +237,22 @@ def _remove_empty(folder: str) -> None:
 # ---- mounts ----
 
 
+def _attach_lowers(spec: dict[str, Any], staging: str, namespace: int, home: furnish.HostNamespaces) -> int:
+    """A mount namespace with the layers below the one that will be frozen, for `_overlays`: its descriptor. It needs no
+    stopped process. OSError."""
+    kernel.unshare(kernel.CLONE_NEWNS)
+    try:
+        home.own(spec["base"])
+        mounts.attach_lowers(spec, staging, namespace)
+        return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        home.back()
+
+
 def _mount(spec: dict[str, Any], staging: str, namespace: int, home: furnish.HostNamespaces, replaced: set[str],
-           others: Sequence[str]) -> None:
+           others: Sequence[str], lowers: int) -> None:
     """Put the new overlays in place of the old ones. OSError; then nothing has changed."""
-    trees = _overlays(spec, staging, namespace, home, replaced)
+    trees = _overlays(spec, staging, namespace, home, replaced, lowers)
     try:
         home.enter(spec["pid"], spec["base"], None)
         try:
@@ -251,10 +265,11 @@ def _mount(spec: dict[str, Any], staging: str, namespace: int, home: furnish.Hos
 
 
 def _overlays(spec: dict[str, Any], staging: str, namespace: int, home: furnish.HostNamespaces,
-              replaced: set[str]) -> dict[str, int]:
+              replaced: set[str], lowers: int) -> dict[str, int]:
     """The new overlays as detached mounts, by target. They are made in a mount namespace that disappears again."""
-    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.setns(lowers, kernel.CLONE_NEWNS)
     try:
+        mounts.enter_host()
         home.own(spec["base"])
         return mounts.stack_written(spec, staging, namespace, replaced - {"/"})
     finally:

@@ -21,7 +21,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,9 +223,12 @@ class Snapshots:
         self._again = True
         if not self._collecting:
             self._collecting = True
-            task = asyncio.create_task(self._remove(), name="unused layers")
-            self._removing.add(task)
-            task.add_done_callback(self._removing.discard)
+            self._in_background(self._remove(), "unused layers")
+
+    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._removing.add(task)
+        task.add_done_callback(self._removing.discard)
 
     async def _remove(self) -> None:
         try:
@@ -279,8 +282,13 @@ class Snapshots:
             raise errors.Unavailable(f"an earlier attempt at snapshot {snapshot_id} ended after its files were frozen",
                                      sandbox_id=handle.id, hint="retry with another id")
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
+        in_memory: asyncio.Task[list[str]] | None = None
         try:
-            left_out = await asyncio.to_thread(self._begun, folder, sandbox.pid)
+            if os.path.lexists(folder):  # it could not be removed before
+                await asyncio.to_thread(remove_tree, folder)
+            self.make_folder(folder)
+            in_memory = asyncio.create_task(asyncio.to_thread(_left_out, sandbox.pid))
+            left_out: list[str] = []
             reasons: list[str] = []
             copied: Sequence[str] | None = None
             paused = -1.0
@@ -307,9 +315,11 @@ class Snapshots:
                 await self.copies.finish(snapshot_id, handle.id)
             await faults.point("namespace.checkpoint.frozen")
             made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, None,
-                            left_out, round(paused * 1000, 3), copied=copied)
+                            [*await in_memory, *left_out], round(paused * 1000, 3), copied=copied)
             made = await asyncio.to_thread(self._measured, made, rootfs)
         except BaseException as error:
+            if in_memory is not None:
+                in_memory.cancel()
             self._layers.pop(f"new {snapshot_id}", None)
             self.copies.forget(snapshot_id)
             self._collect()  # the layer stays while the sandbox runs on it
@@ -317,6 +327,7 @@ class Snapshots:
                 raise atomic_file.not_kept(error, handle.id, "a snapshot") from None
             raise
         self._known[snapshot_id] = made
+        self._in_background(asyncio.to_thread(_remove_work, folder), "unused work folders")
         self._parents[sandbox.slot] = made.layers
         self.merges.start(made.layers, rootfs)
         self._layers.pop(f"new {snapshot_id}", None)
@@ -412,11 +423,6 @@ class Snapshots:
         finally:
             link.close()
 
-    def _begun(self, folder: str, first: int) -> list[str]:
-        """Create the folder; returns what is left out. OSError. Blocking."""
-        self.make_folder(folder)
-        return _left_out(first)
-
     def _measured(self, made: Snapshot, rootfs: RootFS) -> Snapshot:
         size = disk_layout.written(f"{self.folder(made.id)}/upper")
         return self._complete(dataclasses.replace(made, bytes=size), rootfs)
@@ -425,11 +431,12 @@ class Snapshots:
         """Record a snapshot. Unsupported, OSError. Blocking."""
         folder = Path(self.folder(made.id))
         refuse_mount_points(str(folder), made.sandbox)
-        for name in os.listdir(folder):
-            if name.startswith("work"):
-                remove_tree(str(folder / name))
-        made = dataclasses.replace(made, identity=_identity([f"{self.folder(one)}/upper" for one in made.layers],
-                                                            rootfs.layers))  # fmt: skip
+        below = self._known.get(made.layers[1]) if len(made.layers) > 1 else None
+        if below is not None and list(below.layers) == list(made.layers[1:]):  # its own names are known
+            identity = _identity([f"{folder}/upper"], (), below.identity)
+        else:
+            identity = _identity([f"{self.folder(one)}/upper" for one in made.layers], rootfs.layers)
+        made = dataclasses.replace(made, identity=identity)
         atomic_file.replace(folder / "record.json", atomic_file.summed(json.dumps(dataclasses.asdict(made))))
         return made
 
@@ -472,13 +479,13 @@ def refuse_mount_points(folder: str, sandbox_id: str) -> None:
                                      sandbox_id=sandbox_id, hint="restore it")  # fmt: skip
 
 
-def _identity(frozen: Sequence[str], image: Sequence[str]) -> list[str]:
-    """The machine id of the image or the layers, and host keys that were made in a sandbox, relative to /. Blocking."""
-    found = []
-    if any("machine-id" in _names(layer, "etc") for layer in (*frozen, *image)):
-        found.append("etc/machine-id")
-    keys = {name for layer in frozen for name in _names(layer, "etc/ssh") if name.startswith("ssh_host_")}
-    return [*found, *(f"etc/ssh/{name}" for name in sorted(keys)[:_MOST_KEYS])]
+def _identity(frozen: Sequence[str], image: Sequence[str], known: Sequence[str] = ()) -> list[str]:
+    """The machine id of the image or the layers, and host keys that were made in a sandbox, relative to /. known: those
+    of layers below. Blocking."""
+    machine = "etc/machine-id" in known or any("machine-id" in _names(layer, "etc") for layer in (*frozen, *image))
+    keys = {f"etc/ssh/{name}" for layer in frozen for name in _names(layer, "etc/ssh") if name.startswith("ssh_host_")}
+    keys.update(name for name in known if name.startswith("etc/ssh/"))
+    return [*(["etc/machine-id"] if machine else []), *sorted(keys)[:_MOST_KEYS]]
 
 
 def _names(layer: str, path: str) -> list[str]:
@@ -496,6 +503,14 @@ def _names(layer: str, path: str) -> list[str]:
     return []
 
 
+def _remove_work(folder: str) -> None:
+    """Remove the work folders of a frozen layer, which would otherwise go with the layer. Blocking."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith("work"):
+                remove_tree(f"{folder}/{name}")
+
+
 def _report(handle: Handle, found: Snapshot) -> Frozen:
     return Frozen(handle, found.files, found.bytes, len(found.layers), found.paused_ms, list(found.left_out),
                   found.copied)
@@ -509,6 +524,30 @@ def _left_out(first: int) -> list[str]:
         if used:
             return [f"/dev/shm: {used} bytes in memory"]
     return []
+
+
+def taken_file(first: int, start: int, path: str, most: int) -> bytes | None:
+    """See `TakesFiles`. Only of the root's own file system, where no link and no file of another kind can delay the
+    server or lead it out. first, start: pid 1."""
+    folder, name = os.path.split(path)
+    with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+        root = os.open(f"/proc/{first}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, root)
+        if not process_tree.lives(first, start):  # another process has its number
+            return None
+        inside = folders.open_under(root, folder.lstrip("/"), folders.NO_XDEV | folders.NO_SYMLINKS | folders.BENEATH)
+        opened.callback(os.close, inside)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=inside)
+        opened.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        parts, left = list[bytes](), most
+        while left and (part := os.read(fd, min(left, 1 << 16))):
+            parts.append(part)
+            left -= len(part)
+        os.unlink(name, dir_fd=inside)
+        return b"".join(parts)
+    return None
 
 
 def has_copier() -> bool:

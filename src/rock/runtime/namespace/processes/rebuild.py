@@ -18,7 +18,7 @@ import resource
 import signal
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rock.runtime.namespace.processes import address_space, capture
 from rock.runtime.namespace.processes.address_space import PAGE, Mapping
@@ -75,6 +75,23 @@ def plan(waiting: Waiting, tree: Tree, places: Places, rseq: Sequence[int]) -> T
     _signals(table, one)
     _rest(table, one, places)
     return table
+
+
+class Tables:
+    """The last table of each process of a tree: most children get the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, Table]] = {}
+
+    def plan(self, waiting: Waiting, tree: Tree, places: Places, rseq: Sequence[int]) -> Table:
+        """As `plan`. Failed."""
+        values = (waiting.handed, waiting.lowest, places.limits, list(rseq))
+        known = self._known.get(waiting.process.pid)
+        if known is not None and known[0] == values:
+            return known[1]
+        table = plan(waiting, tree, places, rseq)
+        self._known[waiting.process.pid] = values, table
+        return table
 
 
 def _clear(table: Table, one: Process, places: Places) -> None:
@@ -261,9 +278,9 @@ class Rebuilt:
         self._first = Traced(waiting.outside)
         self._threads: list[Traced] = []
 
-    def begin(self, tree: Tree, places: Places) -> None:
+    def begin(self, tree: Tree, places: Places, tables: Tables) -> None:
         """Have it begin to execute its table. OSError, Failed: then it has to be killed."""
-        table = plan(self._waiting, tree, places, capture.rseq_of(self._first.tid))
+        table = tables.plan(self._waiting, tree, places, capture.rseq_of(self._first.tid))
         self._first.begin(table, places.memory.room)
 
     def build(self, memory: Reserved, choose: Callable[[int], None]) -> None:

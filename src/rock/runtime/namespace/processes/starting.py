@@ -93,6 +93,12 @@ class Entrant:
         os.close(self.control)
         self.control = -1
 
+    def end(self) -> None:
+        """End it without waiting for that, once no more numbers are chosen. Idempotent."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End it. While it were not reaped, the pid namespace could not end. Idempotent."""
         self.sync.close()
@@ -102,8 +108,7 @@ class Entrant:
                 os.close(fd)
         self.control = self.numbers = -1
         if self.pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            self.end()
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(self.pid, 0)
             self.pid = 0

@@ -48,6 +48,7 @@ class Template:
         self._tree: state.Tree | None = None
         self._memory: Reserved | None = None
         self._special: Sequence[Mapping] = ()
+        self._tables = rebuild.Tables()
         self._taken: tuple[str, state.Tree, capture.Pages] | None = None  # not complete
         self._finished: dict[str, Any] = {}
         self._filter = seccomp.build()
@@ -176,11 +177,13 @@ class Template:
         try:
             descriptors.make(streams)
             waiting = starting.start(tree, target, descriptors.found, reading, memory.address, entrant)
+            if not any(one.threads for one in tree.processes):
+                entrant.end()  # its memory is released while the others are rebuilt
             for one in waiting:
                 made.append(rebuild.Rebuilt(one))
             places = rebuild.Places(self._special, memory, self._filter, capture.limits(target.pid))
             for each in made:  # the kernel works for one while the table of the next is made
-                each.begin(tree, places)
+                each.begin(tree, places, self._tables)
             for each in made:
                 each.build(memory, entrant.choose)
             entrant.close()

@@ -53,12 +53,14 @@ def write(memory: int, data: bytes | memoryview, address: int) -> None:
 
 
 class Table:
-    """System calls, and the data that they point to, for the room at an address."""
+    """System calls, and the data that they point to, for the room at an address. It does not change once it is written.
+    """
 
     def __init__(self, room: int) -> None:
         self.rows: list[tuple[str, tuple[int, ...]]] = []
         self._room = room
         self._data = bytearray()
+        self._packed = b""  # once it was written
 
     def call(self, name: str, *arguments: int) -> None:
         self.rows.append((name, arguments))
@@ -76,10 +78,12 @@ class Table:
 
     def write(self, memory: int) -> None:
         """Write the table into the memory of a process, by its descriptor."""
-        packed = b"".join(struct.pack("=8Q", NUMBERS[name], *(value & WORD for value in _six(arguments)), _UNWRITTEN)
-                          for name, arguments in self.rows)  # fmt: skip
+        packed = self._packed or b"".join(
+            struct.pack("=8Q", NUMBERS[name], *(value & WORD for value in _six(arguments)), _UNWRITTEN)
+            for name, arguments in self.rows)  # fmt: skip
         if len(packed) > Reserved.ROOM // 2 - PAGE:
             raise Failed("a process has too many mappings")
+        self._packed = packed
         write(memory, packed, self._room + PAGE)
         write(memory, bytes(self._data), self._room + Reserved.ROOM // 2)
 
