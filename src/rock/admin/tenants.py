@@ -77,8 +77,12 @@ class TenantService:
 
     # ---- create ----
 
-    async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
-        return await self._service.create(await self._allowed(config), key, wait, self.caller)
+    async def create(
+        self, config: SandboxConfig, key: str | None = None, wait: float = 0.0, sandbox_id: str | None = None
+    ) -> SandboxInfo:
+        """sandbox_id: the id that the client chose, where the config does not have it."""
+        await self._check_id(sandbox_id)
+        return await self._service.create(await self._allowed(config), key, wait, self.caller, sandbox_id)
 
     async def create_group(self, spec: GroupRequest, key: str | None = None, wait: float = 0.0) -> GroupInfo:
         spec = spec.model_copy(update={"config": await self._allowed(spec.config)})

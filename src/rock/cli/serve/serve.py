@@ -282,6 +282,7 @@ class Server:
         self._proxy = Proxy(self.store, worker_registry.apps, local=name)
         self.admin = Admin(settings, self.store, worker_registry, ["write", "read", "worker"], self._proxy,
                            tunnels)  # fmt: skip
+        self.admin.service.records.on_step.append(lambda _, after: self._proxy.noted(after))
         if isinstance(self.store, SqliteStore):
             self.store.reserve = self.home.reserve
         self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)
