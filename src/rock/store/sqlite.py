@@ -235,12 +235,18 @@ class SqliteStore:
         return new
 
     def _insert(self, record: Record, quota: Quota | None) -> Record:
+        if quota is None:  # the unique index of keys finds a repeated request
+            try:
+                return self._add(record)
+            except Conflict:
+                known = self._by_key(record.key, record.tenant) if record.key is not None else None
+                if known is None:
+                    raise
+                return known
         if record.key is not None:
             known = self._by_key(record.key, record.tenant)
             if known is not None:
                 return known
-        if quota is None:
-            return self._add(record)
         with _transaction(self._open_db, "IMMEDIATE"):
             self._take(record, quota)
             return self._add(record)
