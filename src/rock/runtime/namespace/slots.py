@@ -360,7 +360,7 @@ class Slots:
     async def _retire(self, slot: str, pid: int, start: int, folders: Mapping[str, str]) -> bool:
         """Have the launcher end it; False when more remains than the launcher removes."""
         reply = await self.launcher.request("retire", {
-            "pid": pid, "start": start, "slot": str(self.run_dir / slot), "cgroups": list(folders.values())})
+            "pid": pid, "start": start, "slot": f"{self.run_dir}/{slot}", "cgroups": list(folders.values())})
         return bool(reply.get("clean"))
 
     def forget(self, slot: str) -> None:
