@@ -385,7 +385,8 @@ class NamespaceRuntime(InitSandboxes):
 
     def when_ended(self, handle: Handle, ended: Callable[[str], None]) -> Callable[[], None]:
         """The connection to pid 1 shows its end; where it closes earlier, the process is awaited."""
-        kills = self.oom_kills(handle)
+        sandbox = self._slots.live.get(handle.data["slot"])
+        kills = 0 if sandbox is not None and not sandbox.recovered else self.oom_kills(handle)
         return Ending(handle.data["pid"], handle.data["start"], lambda: self.link(handle),
                       lambda: ended(self._why(handle, kills))).cancel
 
