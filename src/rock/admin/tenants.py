@@ -8,6 +8,7 @@ ids of the server's owner may not begin with the name of a tenant.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import secrets
 import socket
@@ -42,6 +43,11 @@ from rock.protocol.sandbox import (
 )
 from rock.protocol.snapshots import CheckpointRequest, Forkable, ForkRequest, ForkResult, SnapshotInfo
 from rock.store.base import Query, Record, Store, member
+
+
+@functools.cache
+def _no_rules() -> TemplateRules:
+    return TemplateRules()
 
 
 class TenantServices:
@@ -133,7 +139,7 @@ class TenantService:
     def _templated(self, config: SandboxConfig) -> SandboxConfig:
         """The config with the pod template that the rules select. Forbidden, InvalidConfig."""
         rules = self._live.current.templates
-        if rules == TemplateRules():
+        if rules == _no_rules():
             return config
         named, name = config.labels.get(TEMPLATE_LABEL), rules.selected(config)
         if named and rules.allowed is not None and named not in rules.allowed and (
