@@ -112,7 +112,7 @@ def test_errors() -> None:
 
     with serve(unknown) as wire, pytest.raises(errors.NotFound, match="Environment x"):
         rock.make("x", base_url=wire.url)
-    with serve(Game(pending=1000)) as wire, pytest.raises(errors.StartFailed, match="not ready"):
+    with serve(Game(pending=1_000_000)) as wire, pytest.raises(errors.StartFailed, match="not ready"):
         rock.make("game:X-v0", base_url=wire.url, start_timeout=0.1)
     with pytest.raises(errors.Unavailable, match="rock admin start"):
         rock.make("game:X-v0", base_url="http://127.0.0.1:9")

@@ -86,6 +86,7 @@ def test_ids_and_keys_are_unique(with_store: Any) -> None:
         with pytest.raises(Conflict, match="already exists"):
             await store.insert(record("a"))
         assert await store.insert(record("b", key="k")) == one
+        assert await store.insert(record("a", key="k")) == one
         assert await store.by_key("k") == one
         assert await store.get("b") is None
 

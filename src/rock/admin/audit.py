@@ -116,7 +116,7 @@ class Audit:
             self._lost += 1
             return
         client, context = scope.get("client"), CURRENT.get()
-        self._held.append(AuditEntry(
+        self._held.append(AuditEntry.made(
             at=time.time(), tenant=caller.owner, key_id=caller.key_id, action=action, target=target[:_LONGEST],
             status=status, request_id=context.request_id if context is not None else "",
             address=str(client[0]) if client else "",

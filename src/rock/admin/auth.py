@@ -263,7 +263,10 @@ def _is_named(host: bytes, names: frozenset[str]) -> bool:
 
 def check_origin(scope: Scope) -> None:
     """Unauthorized for requests from a page of another origin."""
-    if not any(name == b"origin" or name.startswith(b"sec-fetch-") for name, _ in scope["headers"]):
+    for name, _ in scope["headers"]:
+        if name == b"origin" or name.startswith(b"sec-fetch-"):
+            break
+    else:
         return
     origins = [value for name, value in scope["headers"] if name == b"origin"]
     host = next((value for name, value in scope["headers"] if name == b"host"), b"")

@@ -8,6 +8,7 @@ ids of the server's owner may not begin with the name of a tenant.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import secrets
 import socket
@@ -44,6 +45,11 @@ from rock.protocol.snapshots import CheckpointRequest, Forkable, ForkRequest, Fo
 from rock.store.base import Query, Record, Store, member
 
 
+@functools.cache
+def _no_rules() -> TemplateRules:
+    return TemplateRules()
+
+
 class TenantServices:
     """Creates the TenantService for the caller of each request."""
 
@@ -77,8 +83,12 @@ class TenantService:
 
     # ---- create ----
 
-    async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
-        return await self._service.create(await self._allowed(config), key, wait, self.caller)
+    async def create(
+        self, config: SandboxConfig, key: str | None = None, wait: float = 0.0, sandbox_id: str | None = None
+    ) -> SandboxInfo:
+        """sandbox_id: the id that the client chose, where the config does not have it."""
+        await self._check_id(sandbox_id)
+        return await self._service.create(await self._allowed(config), key, wait, self.caller, sandbox_id)
 
     async def create_group(self, spec: GroupRequest, key: str | None = None, wait: float = 0.0) -> GroupInfo:
         spec = spec.model_copy(update={"config": await self._allowed(spec.config)})
@@ -129,7 +139,7 @@ class TenantService:
     def _templated(self, config: SandboxConfig) -> SandboxConfig:
         """The config with the pod template that the rules select. Forbidden, InvalidConfig."""
         rules = self._live.current.templates
-        if rules == TemplateRules():
+        if rules == _no_rules():
             return config
         named, name = config.labels.get(TEMPLATE_LABEL), rules.selected(config)
         if named and rules.allowed is not None and named not in rules.allowed and (

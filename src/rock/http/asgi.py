@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from rock.errors import InvalidConfig, RockError, Unavailable, no_such_route, un
 from rock.protocol.keys import CALLER, Caller, caller_of
 from rock.protocol.route import Route
 from rock.protocol.routes import ERROR_CODE, SENT
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import ID_PATTERN, SandboxConfig
 from rock.telemetry.context import CURRENT
 
 Scope = MutableMapping[str, Any]
@@ -473,6 +474,7 @@ async def call(
 
 _MOST = 64
 _LONGEST = 4096  # bytes
+_ID = re.compile(ID_PATTERN, re.ASCII)
 
 
 class Configs:
@@ -480,6 +482,15 @@ class Configs:
 
     def __init__(self) -> None:
         self._known: dict[bytes, SandboxConfig] = {}
+
+    def read_named(self, text: bytes) -> tuple[SandboxConfig, str | None]:
+        """Parse a config, apart from the id that its client chose: each create has another one."""
+        value = parsed(text)
+        if isinstance(value, dict) and isinstance(chosen := value.get("sandbox_id"), str) and _ID.fullmatch(chosen):
+            del value["sandbox_id"]
+            return self.read(orjson.dumps(value)), chosen
+        config = self.read(text)
+        return config, config.sandbox_id
 
     def read(self, text: bytes) -> SandboxConfig:
         """Parse a config. InvalidConfig names each wrong field."""

@@ -93,7 +93,10 @@ class Isolation(StrEnum):
     @property
     def rank(self) -> int:
         """Its position in this order."""
-        return list(Isolation).index(self)
+        return _RANKS[self]
+
+
+_RANKS = {level: rank for rank, level in enumerate(Isolation)}
 
 
 class BaseConfig(Wire):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -93,6 +94,25 @@ class Wire(BaseModel, metaclass=_Checked):
     # Deferred: the validator of a model is built on its first use. Building all of them takes a third of the start
     # time.
     model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
+
+    @classmethod
+    def made(cls, **values: Any) -> Self:
+        """Construct a message from correct values, without validation: each request makes some. It takes a tenth of the
+        time of pydantic's model_construct."""
+        model = cls.__new__(cls)
+        set_to = object.__setattr__
+        set_to(model, "__dict__", {**_defaults(cls), **values})
+        set_to(model, "__pydantic_fields_set__", set(values))
+        set_to(model, "__pydantic_extra__", None)
+        set_to(model, "__pydantic_private__", None)
+        return model
+
+
+@functools.cache
+def _defaults(kind: type[Wire]) -> dict[str, Any]:
+    """The default values that all messages of a class can share; a field with a factory has to be given."""
+    return {name: field.get_default() for name, field in kind.model_fields.items()
+            if not field.is_required() and field.default_factory is None}  # fmt: skip
 
 
 def _assign(message: Wire, name: str, value: object) -> None:

@@ -28,7 +28,7 @@ from rock.protocol.keys import caller_of
 from rock.protocol.routes import BUILD, ERROR_CODE, OUTAGE, PREFIX, ROUTES, is_data
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.proxy.recording import Recorder
-from rock.store.base import Store
+from rock.store.base import Record, Store
 
 _REMEMBERED = 20_000
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may respond with 421 too
@@ -64,6 +64,13 @@ class Proxy:
             if route.plane == "data":
                 self._rows.add(route, _elsewhere)
 
+    def noted(self, record: Record) -> None:
+        """A record was saved in this process: its first request reads no store."""
+        if record.state is State.RUNNING:
+            self._recorder.noted(record)
+            if record.tenant:
+                _remember(self._owned, record.id, record.tenant)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._serve(scope, receive, send)
@@ -98,9 +105,7 @@ class Proxy:
             record = await self._store.get(sandbox_id)
             if record is None or record.tenant != tenant:
                 return False
-            self._owned[sandbox_id] = tenant
-            while len(self._owned) > _REMEMBERED:
-                self._owned.popitem(last=False)
+            _remember(self._owned, sandbox_id, tenant)
             return True
         return known == tenant
 
@@ -147,9 +152,7 @@ class Proxy:
             raise Unavailable(f"worker {name} of sandbox {sandbox_id} is not there now", sandbox_id=sandbox_id,
                               hint="retry", details=OUTAGE)  # fmt: skip
         if record.state is State.RUNNING:
-            self._placed[sandbox_id] = name
-            while len(self._placed) > _REMEMBERED:
-                self._placed.popitem(last=False)
+            _remember(self._placed, sandbox_id, name)
         return worker
 
     async def _explain(self, sandbox_id: str) -> RockError:
@@ -158,6 +161,12 @@ class Proxy:
         if record is None:
             return no_such_sandbox(sandbox_id)
         return tell(record.info)
+
+
+def _remember(known: OrderedDict[str, str], sandbox_id: str, value: str) -> None:
+    known[sandbox_id] = value
+    while len(known) > _REMEMBERED:
+        known.popitem(last=False)
 
 
 async def _elsewhere(request: Request) -> Answer:

@@ -31,7 +31,7 @@ from rock.protocol.recordings import (
     without_id,
 )
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.store.base import Store
+from rock.store.base import Record, Store
 from rock.store.recordings import Head, opened
 
 _REMEMBERED = 20_000
@@ -62,12 +62,23 @@ class Recorder:
             record = await self._store.get(sandbox_id)
             if record is None:
                 return False
-            known = self._known[sandbox_id] = bool(record.config.record)
+            known = bool(record.config.record)
+            self._remember(sandbox_id, known)
             if known:
                 await opened(self._store, record)
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
         return known
+
+    def noted(self, record: Record) -> None:
+        """A record was saved in this process. Its store need not be read, unless a recording has to be opened."""
+        if record.config.record:
+            self._known.pop(record.id, None)
+        else:
+            self._remember(record.id, False)
+
+    def _remember(self, sandbox_id: str, records: bool) -> None:
+        self._known[sandbox_id] = records
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, sandbox_id: str, forward: App) -> None:
         """Serve a request to a recorded sandbox. forward: leads to its worker."""

@@ -52,7 +52,7 @@ async def wake_sandbox(kept: RetainedSandboxes, sandbox_id: str, config: Sandbox
 
 
 def _done(message: str, began: float) -> Phase:
-    return Phase(status="success", message=message, started_at=began, completed_at=time.time())
+    return Phase.made(status="success", message=message, started_at=began, completed_at=time.time())
 
 
 # ---- sandboxes that a rollback replaced ----

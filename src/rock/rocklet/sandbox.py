@@ -338,7 +338,7 @@ class Supervisor:
         return used if self.auto_pause is None else self.auto_pause.report(used)
 
     def describe(self, usage: Usage | None = None) -> NodeSandbox:
-        return NodeSandbox(
+        return NodeSandbox.made(
             sandbox_id=self.id,
             alive=self.cause is None,
             paused=self.paused,
@@ -346,7 +346,7 @@ class Supervisor:
             isolation=self.handle.isolation,
             enforced=dict(self.handle.enforced),
             runtime=self.handle.runtime,
-            phases=self.phases,
+            phases=dict(self.phases),
             cause=self.cause,
             reason=self.reason,
             usage=usage,

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_APART = 0.001  # seconds since the last write after which the next one is written at once
 _MOST_HELD = 8  # event-loop iterations
 _MOST = 200  # writes of one transaction, so that readers are not delayed
 
@@ -27,10 +29,18 @@ class Batch:
         # number of writes that waited in the last iteration, and of iterations that they have waited
         self._seen = self._held = 0
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
+        self._last = float("-inf")  # time of the last write
 
     async def do(self, write: Callable[[], T]) -> T:
         """Run a write; returns its result once it is saved, or raises its error."""
         loop = asyncio.get_running_loop()
+        if not self._waiting and time.monotonic() - self._last > _APART:
+            try:
+                return write()
+            except sqlite3.Error as error:
+                raise self._convert(error) from error
+            finally:
+                self._last = time.monotonic()
         future: asyncio.Future[T] = loop.create_future()
         self._waiting.append((write, future))
         if len(self._waiting) == 1:
@@ -67,6 +77,7 @@ class Batch:
                             raise outcomes[-1][1]
         except Exception as error:  # the transaction failed, so none of the writes is saved
             outcomes = [(None, error)] * len(writes)
+        self._last = time.monotonic()
         for (_, future), (answer, failed) in zip(writes, outcomes, strict=True):
             if failed is None:
                 future.set_result(answer)

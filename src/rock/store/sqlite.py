@@ -225,22 +225,24 @@ class SqliteStore:
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
         await faults.point("store.insert")
         self._check_file()
-        made = record.at(1)
-        if quota is None:
-            new = await self._batch.do(lambda: self._insert(made, None))
-        else:
-            new = self._now(self._insert, made, quota)
+        new = await self._saved(lambda: self._insert(record.at(1), quota), quota)
         self._watchers.tell(new.id)
         await faults.point("store.inserted")
         return new
 
+    async def _saved(self, write: Callable[[], Record], quota: Quota | None) -> Record:
+        return await self._batch.do(write) if quota is None else self._now(write)
+
     def _insert(self, record: Record, quota: Quota | None) -> Record:
-        if record.key is not None:
-            known = self._by_key(record.key, record.tenant)
-            if known is not None:
+        if quota is None:  # the unique index of keys finds a repeated request
+            try:
+                return self._add(record)
+            except Conflict:
+                if (known := self._keyed(record)) is None:
+                    raise
                 return known
-        if quota is None:
-            return self._add(record)
+        if (known := self._keyed(record)) is not None:
+            return known
         with _transaction(self._open_db, "IMMEDIATE"):
             self._take(record, quota)
             return self._add(record)
@@ -265,8 +267,7 @@ class SqliteStore:
     ) -> Sequence[Record]:
         first = records[0]
         with _transaction(self._open_db, "IMMEDIATE"):
-            known = self._by_key(first.key, first.tenant) if first.key is not None else None
-            if known is not None:
+            if (known := self._keyed(first)) is not None:
                 return self._group(known.info.group, known.tenant) if known.info.group else [known]
             if quota is not None:
                 records = records[: self._take(first, quota, len(records), whole)]
@@ -322,16 +323,16 @@ class SqliteStore:
     async def by_key(self, key: str, tenant: str = "") -> Record | None:
         return self._now(self._by_key, key, tenant)
 
+    def _keyed(self, record: Record) -> Record | None:
+        return None if record.key is None else self._by_key(record.key, record.tenant)
+
     def _by_key(self, key: str, tenant: str) -> Record | None:
         row = self._open_db.execute(f"{_SELECT} WHERE tenant = ? AND idempotency_key = ?", (tenant, key)).fetchone()
         return None if row is None else _load(row)
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
         await faults.point("store.put")
-        if quota is None:
-            new = await self._batch.do(lambda: self._put(record))
-        else:
-            new = self._now(self._put_within, record, quota)
+        new = await self._saved(lambda: self._put(record) if quota is None else self._put_within(record, quota), quota)
         self._watchers.tell(new.id)
         await faults.point("store.saved")
         return new
@@ -395,8 +396,7 @@ class SqliteStore:
 
     async def count(self, tenant: str | None = None) -> dict[str, int]:
         text = "SELECT state, count(*) FROM sandbox WHERE ? IS NULL OR tenant = ? GROUP BY state"
-        rows = await self._aside(lambda: self._open_db_aside.execute(text, (tenant, tenant)).fetchall())
-        return dict(rows)
+        return dict(await self._aside(lambda: self._open_db_aside.execute(text, (tenant, tenant)).fetchall()))
 
     async def tally(self) -> dict[tuple[str, str], int]:
         text = "SELECT tenant, state, count(*) FROM sandbox GROUP BY tenant, state"

@@ -56,8 +56,8 @@ class Sandboxes:
 
     async def create_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
-        config = self._configs.read(await request.body())
-        return answer_model(await self._tenant_service(request).create(config, _key(request), wait), 201)
+        config, chosen = self._configs.read_named(await request.body())
+        return answer_model(await self._tenant_service(request).create(config, _key(request), wait, chosen), 201)
 
     async def list_sandboxes(self, request: Request) -> Answer:
         limit = request.integer("limit", 500, low=1, high=_MOST_LISTED)

@@ -254,7 +254,7 @@ def stamped(record: Record, event: Event, state: State, key: str | None, fields:
     info, now = record.info, time.time()
     stamp: dict[str, Any] = {"state": state, "is_alive": state is State.RUNNING}
     if state is not info.state:
-        step = StateChange(from_state=info.state, to_state=state, event=event.value, timestamp=now, key=key)
+        step = StateChange.made(from_state=info.state, to_state=state, event=event.value, timestamp=now, key=key)
         stamp["state_history"] = [*info.state_history[1 - _MOST_STEPS :], step]
     if info.state is State.RUNNING and state is not State.RUNNING:
         stamp |= {"kept": record.config.keeps_files, "paused_at": None}

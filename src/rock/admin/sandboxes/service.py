@@ -104,13 +104,16 @@ class Service:
 
     # ---- create ----
 
-    async def create(self, config: SandboxConfig, key: str | None, wait: float, caller: Caller) -> SandboxInfo:
+    async def create(
+        self, config: SandboxConfig, key: str | None, wait: float, caller: Caller, sandbox_id: str | None = None
+    ) -> SandboxInfo:
         """Create a sandbox, or, for a known key of this tenant, return the existing one.
 
-        Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason.
+        Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason. sandbox_id: its id,
+        where the config has none, so that the sandboxes of a burst share one config.
         """
         try:
-            record = await self.insert(config, key, caller)
+            record = await self.insert(config, key, caller, sandbox_id)
         except RockError as error:
             # A sandbox that was created earlier may no longer fit now.
             known = await self.store.by_key(key, caller.owner) if key else None
@@ -123,11 +126,13 @@ class Service:
         info = await self.start_tasks.waited(record, wait)
         return await self._how_far(info) if wait > 0 and info.state is State.PENDING else info
 
-    async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
+    async def insert(
+        self, config: SandboxConfig, key: str | None, caller: Caller, sandbox_id: str | None = None
+    ) -> Record:
         """Insert the record of a new sandbox and start it."""
         self.archive.check(config)
         config = await self.resolve(config, caller.owner)
-        sandbox_id = config.sandbox_id or secrets.token_hex(16)
+        sandbox_id = sandbox_id or config.sandbox_id or secrets.token_hex(16)
         record: Record | None = None
         try:
             worker, status, waits = None, None, None

@@ -280,8 +280,8 @@ class Server:
                       reach_with(settings.worker_key or settings.api_key, tunnels), lease_of(settings))  # fmt: skip
         worker_registry.direct = direct_to(settings, settings.worker_key or settings.api_key)
         self._proxy = Proxy(self.store, worker_registry.apps, local=name)
-        self.admin = Admin(settings, self.store, worker_registry, ["write", "read", "worker"], self._proxy,
-                           tunnels)  # fmt: skip
+        self.admin = Admin(settings, self.store, worker_registry, ["write", "read", "worker"], self._proxy, tunnels)
+        self.admin.service.records.on_step.append(lambda _, after: self._proxy.noted(after))
         if isinstance(self.store, SqliteStore):
             self.store.reserve = self.home.reserve
         self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)

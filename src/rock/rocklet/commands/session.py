@@ -162,9 +162,11 @@ class Session:
         interpreter = self._interpreter
         interpreter.closed = interpreter.closed or "it was closed"
         await self._end_reading()
+        busy = self._lock.locked()
         await interpreter.process.kill()
         async with self._lock:  # the running command has seen the end, and waiting callers were rejected
-            await interpreter.process.kill()
+            if busy:  # it may have started another shell meanwhile
+                await interpreter.process.kill()
             await interpreter.release()
 
     def let_go(self) -> None:

@@ -58,6 +58,7 @@ class Journal:
         self._checksum = 0  # checksum of the whole file
         self._most = _SIZE  # bytes above which the journal is compacted
         self._waiting = b""  # lines that are written with the next one, or after a moment
+        self._received: set[str] = set()  # places of requests whose program received its input, after these lines
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -106,7 +107,11 @@ class Journal:
         """The program has received all of its input. found: its pipe shows the same, for a moment."""
         if place in self.begun:
             self.begun[place]["written"] = True
-            self._append({"written": place}, wait=found)
+            if found and not self._closed:
+                self._received.add(place)  # its end mostly follows in time, which makes the line redundant
+                self._wait()
+            else:
+                self._append({"written": place})
 
     def forget(self, place: str) -> None:
         """Drop a request that was not executed after all."""
@@ -129,6 +134,7 @@ class Journal:
             return
         if self._settling:
             self._found[place] = reply
+        self._received.discard(place)
         line: dict[str, Any] = {"end": place, "status": reply.status}
         if len(reply.body) > _LARGEST:
             line["size"] = len(reply.body)
@@ -144,21 +150,33 @@ class Journal:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._encode_received()
         if self._waiting:
             data, self._waiting = self._waiting, b""
             self._write(data)
+
+    def _encode_received(self) -> None:
+        while self._received:
+            data = _encoded({"written": self._received.pop()})
+            self._size += len(data)
+            self._waiting += data
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_MOMENT, self._moment_over)
 
     def _append(
         self, line: Mapping[str, Any], what: int = checksums.OTHER, place: str | None = None, *, wait: bool = False
     ) -> None:
         if self._closed:
             return  # the sandbox is gone
+        if self._received:
+            self._encode_received()
         data = _encoded(line)
         self._size += len(data)
         if wait:
             self._waiting += data
-            if self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(_MOMENT, self._moment_over)
+            self._wait()
             return
         if self._waiting:
             data, self._waiting = self._waiting + data, b""

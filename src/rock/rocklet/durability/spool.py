@@ -392,9 +392,13 @@ class SpoolFolder:
                 spool.empty()
             self.marks.empty()
             self.found.clear()
-            for name in os.listdir(self.path) if self.path.is_dir() else ():
+            try:
+                names = os.listdir(self.path)
+            except FileNotFoundError:
+                names = []
+            for name in names:
                 if name == _JOURNAL:
-                    os.truncate(self.path / name, 0)
+                    os.truncate(f"{self.path}/{name}", 0)
                 elif name not in self._free and name != _MARKS:
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:

@@ -182,9 +182,9 @@ class Factory:
         """The run folder: a prepared one, or a new one that the launcher's child fills."""
         run_dir = self._slots.run_dir
         try:
-            os.rename(run_dir / records.SPARE / slot, run_dir / slot)
+            os.rename(f"{run_dir}/{records.SPARE}/{slot}", f"{run_dir}/{slot}")
         except FileNotFoundError:
-            os.mkdir(run_dir / slot, 0o700)
+            os.mkdir(f"{run_dir}/{slot}", 0o700)
 
     def _stock_up(self) -> None:
         """Request run folders and namespaces for the next sandboxes soon: the launcher prepares them while idle, and
@@ -195,7 +195,7 @@ class Factory:
     def _stock_up_now(self) -> None:
         self._stocking = None
         fresh = [records.new_slot() for _ in range(_SPARES - len(self.spares))]  # replaces the earlier request
-        folders = [str(self._slots.run_dir / records.SPARE / slot) for slot in fresh]
+        folders = [f"{self._slots.run_dir}/{records.SPARE}/{slot}" for slot in fresh]
         self._slots.launcher.post("ahead", {"ranges": self._slots.ranges.coming(_SPARES), "folders": folders})
 
     def spec(self, slot: str, base: int, kind: Kind, config: SandboxConfig, layers: Sequence[str],
@@ -219,8 +219,8 @@ class Factory:
                 known[0] |= freezing and os.path.isdir(f"{run_dir}/{slot}/upper{index}")
                 bind["over"] = [f"{one}/upper{index}" for one, exists in zip(frozen, known, strict=True) if exists]
         return {
-            "slot": str(run_dir / slot), "base": base, "network": config.network, "shared": kind.shared,
-            "layers": [*(f"{one}/upper" for one in frozen), str(run_dir / records.BASE), *kind.rootfs.layers],
+            "slot": f"{run_dir}/{slot}", "base": base, "network": config.network, "shared": kind.shared,
+            "layers": [*(f"{one}/upper" for one in frozen), f"{run_dir}/{records.BASE}", *kind.rootfs.layers],
             "etc": etc, "binds": binds,
             "cgroups": list(limiter.groups.folders(slot).values()), "limits": limiter.files(slot, config),
             "affinity": limiter.affinity(config), "processes": limiter.processes(config),

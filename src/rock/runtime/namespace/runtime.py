@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ def _quarter() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
+_RECENT = 0.02  # seconds for which a check counts for the create after it
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of unclaimed pool members
 
 
@@ -87,6 +89,7 @@ class NamespaceRuntime(InitSandboxes):
         self.mount_source: MountSource | None = None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
+        self._checked: tuple[SandboxConfig, Kind, float] | None = None  # by `check`, for the create that follows it
         self._shared_pools: dict[str, str] = {}  # names of pools that have the members of another one
         self.isolation = Isolation.NAMESPACES
         self.prepare: Callable[[Handle], Awaitable[Prepared | None]] | None = None
@@ -198,7 +201,16 @@ class NamespaceRuntime(InitSandboxes):
     # ---- create ----
 
     async def check(self, config: SandboxConfig) -> None:
-        await self._admit(config)
+        kind = await self._admit(config)
+        self._checked = config, kind, time.monotonic()
+
+    async def _admitted(self, config: SandboxConfig) -> Kind:
+        """The result of a check of this config that no other create has used, if it is recent; else a new one."""
+        checked, self._checked = self._checked, None
+        if checked is not None and checked[0] is config and time.monotonic() - checked[2] < _RECENT \
+                and not (config.has_mounts or config.snapshot or config.disk):
+            return checked[1]
+        return await self._admit(config)
 
     async def _admit(self, config: SandboxConfig) -> Kind:
         self._refuse(config)
@@ -233,7 +245,7 @@ class NamespaceRuntime(InitSandboxes):
         return kind
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
-        kind = await self._admit(config)
+        kind = await self._admitted(config)
         special = config.disk is not None or config.nofile is not None or config.shm_size is not None \
             or config.has_mounts
         sandbox = None if special else self._pool.claim(kind, recent=config.snapshot is None)
@@ -380,7 +392,8 @@ class NamespaceRuntime(InitSandboxes):
 
     def when_ended(self, handle: Handle, ended: Callable[[str], None]) -> Callable[[], None]:
         """The connection to pid 1 shows its end; where it closes earlier, the process is awaited."""
-        kills = self.oom_kills(handle)
+        sandbox = self._slots.live.get(handle.data["slot"])
+        kills = 0 if sandbox is not None and not sandbox.recovered else self.oom_kills(handle)
         return Ending(handle.data["pid"], handle.data["start"], lambda: self.link(handle),
                       lambda: ended(self._why(handle, kills))).cancel
 

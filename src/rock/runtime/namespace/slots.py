@@ -110,6 +110,7 @@ class Sandbox:
     snapshots: Sequence[str] = ()  # its layers above the image, newest first
     over_volume: str = ""  # the name of the volume whose size ended it
     first: tuple[str, InitProcess] | None = None  # its first program, until its user takes it
+    recovered: bool = False  # an earlier server created it
 
     def count_kill(self) -> None:
         """Record a kill by the memory monitor."""
@@ -241,7 +242,7 @@ class Slots:
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)),
                               volumes=data.get("volumes"),
-                              snapshots=self.layers.get(slot, ()))
+                              snapshots=self.layers.get(slot, ()), recovered=True)
             self.ranges.reserve(sandbox.base, slot)
             self.live[slot] = sandbox
         return sandbox
@@ -364,7 +365,7 @@ class Slots:
     async def _retire(self, slot: str, pid: int, start: int, folders: Mapping[str, str]) -> bool:
         """Have the launcher end it; False when more remains than the launcher removes."""
         reply = await self.launcher.request("retire", {
-            "pid": pid, "start": start, "slot": str(self.run_dir / slot), "cgroups": list(folders.values())})
+            "pid": pid, "start": start, "slot": f"{self.run_dir}/{slot}", "cgroups": list(folders.values())})
         return bool(reply.get("clean"))
 
     def forget(self, slot: str) -> None:

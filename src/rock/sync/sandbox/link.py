@@ -82,7 +82,8 @@ def parse(model: type[M], data: Any) -> M:
     if not isinstance(data, dict):
         raise errors.ServerError(f"malformed answer: {str(data)[:80]!r} is not a {model.__name__}")
     try:
-        return model.model_validate({k: v for k, v in data.items() if k in model.model_fields})
+        fields = model.model_fields
+        return model.model_validate({k: v for k, v in data.items() if k in fields})
     except ValueError as error:
         raise errors.ServerError(f"malformed answer: not a {model.__name__}: {error}") from None
 

@@ -27,6 +27,8 @@ from rock.runtime.namespace.limits import cgroups
 Watched = Mapping[int, tuple[int, Callable[[], None]]]
 
 _MOST_FILES = 4096  # maximum inspected files of a process
+_SLOT = "\0"  # in a path, instead of the slot
+_MOST_CHANGES = 256
 _PAGE = os.sysconf("SC_PAGESIZE")
 
 
@@ -35,6 +37,7 @@ class Limiter:
     """The mechanisms by which this host enforces limits."""
 
     groups: cgroups.Cgroups
+    _changes: dict[Any, list[tuple[str, str]]] = field(default_factory=dict)  # by limits
     _cpus: Any = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
 
     def enforced(self) -> dict[str, Enforced]:
@@ -50,6 +53,17 @@ class Limiter:
         hard = config.limit_cpus or config.cpus
         return self.groups.limits(slot, config.memory_bytes, hard, config.cpus, config.pids)
 
+    def _changed(self, config: SandboxConfig, before: SandboxConfig) -> list[tuple[str, str]]:
+        """The files that differ, with _SLOT in their paths; the members of a pool mostly get equal limits."""
+        key = _limits(config), _limits(before)
+        found = self._changes.get(key)
+        if found is None:
+            known = set(self.files(_SLOT, before))
+            if len(self._changes) >= _MOST_CHANGES:
+                self._changes.clear()
+            found = self._changes[key] = [file for file in self.files(_SLOT, config) if file not in known]
+        return found
+
     def affinity(self, config: SandboxConfig) -> list[int] | None:
         """CPUs to run on, where no cgroup enforces the limit: whole ones, assigned round-robin."""
         if self.groups.version("cpu") is not None:
@@ -63,13 +77,16 @@ class Limiter:
 
     def apply(self, slot: str, pid: int, config: SandboxConfig, before: SandboxConfig) -> None:
         """Change the limits of a running sandbox. OSError when one cannot be set."""
-        known = set(self.files(slot, before))
-        cgroups.write_limits([file for file in self.files(slot, config) if file not in known])
+        cgroups.write_limits([(path.replace(_SLOT, slot), value) for path, value in self._changed(config, before)])
         affinity, processes = self.affinity(config), self.processes(config)
         if affinity is not None:
             os.sched_setaffinity(pid, affinity)
         if processes:
             resource.prlimit(pid, resource.RLIMIT_NPROC, (processes, processes))
+
+
+def _limits(config: SandboxConfig) -> tuple[int, float, float, int]:
+    return config.memory_bytes, config.limit_cpus or config.cpus, config.cpus, config.pids
 
 
 def usage(folders: Mapping[str, str], pid: int, kills: int) -> Usage:
