@@ -375,6 +375,16 @@ class ReportsEnds(Protocol, metaclass=Capability):
 
 
 @runtime_checkable
+class Notes(Protocol, metaclass=Capability):
+    """Finds a sandbox again in two steps after a restart of the rocklet: `note_running`, and later `recover`. `sweep`
+    and the enforcement of limits treat a noted sandbox as a recovered one."""
+
+    def note_running(self, handle: Handle) -> bool:
+        """Whether the sandbox runs, without a request to it."""
+        ...
+
+
+@runtime_checkable
 class Swaps(Protocol, metaclass=Capability):
     """Moves memory of stopped processes out of the main memory."""
 

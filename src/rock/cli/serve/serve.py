@@ -193,12 +193,13 @@ class Rocklet:
     @property
     def left(self) -> int:
         """Sandboxes that survive it."""
-        return len(self.node.supervisors)
+        return self.node.count
 
-    async def open(self) -> None:
+    async def open(self, *, later: bool = False) -> None:
+        """later: as of Node. A member attaches to all: its lease may end all of them at once."""
         self.home.take()
         try:
-            await self.node.open()
+            await self.node.open(later=later and self.membership is None)
         except BaseException:
             await self.node.close()  # other runtimes may be open already
             self.home.release()
@@ -326,7 +327,7 @@ class Server:
 
     async def open(self) -> None:
         check_left(self.settings, 1)
-        await self.rocklet.open()
+        await self.rocklet.open(later=True)
         try:
             self._identity.check_there()
             await self.admin.open()
@@ -340,6 +341,7 @@ class Server:
         except BaseException:
             await self.rocklet.close()
             raise
+        self.node.recovery.begin()
 
     async def close(self) -> None:
         """Stop serving; sandboxes survive and are found again by the next server."""
