@@ -168,6 +168,8 @@ class Recovery:
             why = "it ended before the server found it again" if one.id in self.unattached else _WHILE_AWAY
             self._ends.tell(one.id, Cause.LOST, why)
             await self._recover_files(one)
+            if one.id in self.unattached and one.spools:  # the survey retained them
+                await asyncio.to_thread(self._state_dir.sweep, [one.spools])
             return
         self._known[one.handle.runtime].append(one.handle.id)
         supervisor = self._supervise(one.id, one.config, one.runtime, one.handle, one.record.get("spools"))
@@ -203,6 +205,7 @@ class Recovery:
 
     async def _attach_later(self, one: Unattached) -> None:
         try:
+            await faults.point("node.recovery.attach")
             await self._guarded(one.id, self._attach(one))
             await self._ends.notify()
             del self.unattached[one.id]

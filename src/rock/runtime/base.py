@@ -25,7 +25,6 @@ from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "loop", "tmpfs", "none"]
 
-
 # Clock of `since`: the clock of process start times, which continues while the machine is suspended.
 CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -376,12 +375,8 @@ class ReportsEnds(Protocol, metaclass=Capability):
 
 @runtime_checkable
 class Notes(Protocol, metaclass=Capability):
-    """Finds a sandbox again in two steps after a restart of the rocklet: `note_running`, and later `recover`. `sweep`
-    and the enforcement of limits treat a noted sandbox as a recovered one."""
-
-    def note_running(self, handle: Handle) -> bool:
-        """Whether the sandbox runs, without a request to it."""
-        ...
+    """Includes a sandbox in `sweep` and in the enforcement of limits before `recover`, without a request to it."""
+    def note_running(self, handle: Handle) -> bool: ...  # whether it runs
 
 
 @runtime_checkable

@@ -191,15 +191,13 @@ class Rocklet:
         self.node.let_go()
 
     @property
-    def left(self) -> int:
-        """Sandboxes that survive it."""
+    def left(self) -> int:  # sandboxes that survive it
         return self.node.count
 
     async def open(self, *, later: bool = False) -> None:
-        """later: as of Node. A member attaches to all: its lease may end all of them at once."""
         self.home.take()
         try:
-            await self.node.open(later=later and self.membership is None)
+            await self.node.open(later=later and self.membership is None)  # a lost lease ends all sandboxes at once
         except BaseException:
             await self.node.close()  # other runtimes may be open already
             self.home.release()
