@@ -1,10 +1,11 @@
-"""An admin killed under load: `python bench/recovery.py [--kills 30]`.
+"""An admin killed under load: `python bench/recovery.py [--kills 30] [--sandboxes 1000]`.
 
-A server with 100 sandboxes, each with a session that was used, and 8 clients that run commands all the time. It is
+A server with sandboxes, each with a session that was used, and 8 clients that run commands all the time. It is
 killed with SIGKILL and started again as `rock admin start` does, again and again. Prints, in seconds, minimum, median
 and 95th percentile of the time from the kill until it serves and every sandbox is told to run, and until the first
-command of every client that was in the middle of one is answered; and how many sandboxes, sessions and commands were
-lost, which must be none. The floor is what a Python with the same imports takes to start, of the same run.
+command of every client that was in the middle of one is answered; the CPU time of the server until it serves; and how
+many sandboxes, sessions and commands were lost, which must be none. The floor is what a Python with the same imports
+takes to start, of the same run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import rock
@@ -63,6 +66,12 @@ class Served:
                 if self.child.poll() is not None:
                     raise SystemExit(Path(self.home, "output.log").read_text()[-2000:])
                 time.sleep(0.005)
+
+    def cpu(self) -> float:
+        """Seconds of CPU of the process until now."""
+        assert self.child is not None
+        fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         assert self.child is not None
@@ -116,12 +125,22 @@ def spread(values: list[float]) -> str:
     return f"{ordered[0]:.2f} / {middle:.2f} / {last:.2f} (most {ordered[-1]:.2f}, n={len(ordered)})"
 
 
-def floor() -> float:
-    """Seconds of a Python that imports what a server imports, and ends."""
-    began = time.perf_counter()
+def floor() -> tuple[float, float]:
+    """Seconds, and of CPU, of a Python that imports what a server imports, and ends."""
+    began, before = time.perf_counter(), os.times()
     imports = "import rock.cli.serve.serve, rock.runtime.namespace.runtime, uvloop"
     subprocess.run([sys.executable, "-c", imports], check=True)
-    return time.perf_counter() - began
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - began, cpu
+
+
+def started(config: SandboxConfig, number: int) -> Sandbox:
+    """A sandbox whose session has the number."""
+    sandbox = Sandbox(config)
+    sandbox.start()
+    sandbox.arun(f"mark={number}")
+    return sandbox
 
 
 def keeps(sandbox: Sandbox, number: int) -> bool:
@@ -145,18 +164,18 @@ def main() -> int:
     compileall.compile_dir(str(Path(str(rock.__file__)).parent), quiet=2)
     serving: list[float] = []
     answered: list[float] = []
+    used: list[float] = []
     floors: list[float] = []
+    floors_used: list[float] = []
     with tempfile.TemporaryDirectory(prefix="rock-bench-") as home:
         server = Served(home, free_port())
         server.start()
         server.wait(0)
-        config = SandboxConfig(base_url=server.url, image="host", memory="128m", cpus=0.5)
-        sandboxes = [Sandbox(config) for _ in range(given.sandboxes)]
+        config = SandboxConfig(base_url=server.url, image="host", memory="64m", cpus=0.5)
         lost, load = 0, None
         try:
-            for number, sandbox in enumerate(sandboxes):
-                sandbox.start()
-                sandbox.arun(f"mark={number}")
+            with ThreadPoolExecutor(given.clients) as threads:
+                sandboxes = list(threads.map(partial(started, config), range(given.sandboxes)))
             load = Load(sandboxes, given.clients)
             end = time.monotonic() + given.minutes * 60
             while len(serving) < given.kills and time.monotonic() < end:
@@ -166,9 +185,11 @@ def main() -> int:
                 server.start()
                 server.wait(given.sandboxes)
                 serving.append(time.perf_counter() - began)
+                used.append(server.cpu())
                 load.all_answered()
                 answered.append(time.perf_counter() - began)
-                floors.append(floor())
+                for times, seconds in zip((floors, floors_used), floor(), strict=True):
+                    times.append(seconds)
             load.stop()
             lost = sum(not keeps(sandbox, number) for number, sandbox in enumerate(sandboxes))
         finally:
@@ -181,12 +202,15 @@ def main() -> int:
             server.child.send_signal(signal.SIGTERM)
             server.child.wait(60)
     if given.json:
-        print(json.dumps({"serving": serving, "answered": answered, "floor": floors, "lost": lost,
+        print(json.dumps({"serving": serving, "answered": answered, "used": used, "floor": floors,
+                          "floor_used": floors_used, "lost": lost,
                           "commands": sum(load.done), "wrong": load.wrong}))  # fmt: skip
     else:
-        print(f"killed -9 -> serving, all {given.sandboxes} found   {spread(serving)} s, target <= 1.5x floor")
+        print(f"killed -9 -> serving, {given.sandboxes} listed    {spread(serving)} s, target <= 1.5x floor")
+        print(f"CPU of the server until then           {spread(used)} s")
         print(f"killed -9 -> each client answered      {spread(answered)} s")
         print(f"floor: such a Python starts            {spread(floors)} s")
+        print(f"its CPU                                {spread(floors_used)} s")
         print(f"sandboxes and sessions lost: {lost}; commands: {sum(load.done)}, wrong or lost: {len(load.wrong)}; "
               f"load {os.getloadavg()[0]:.1f}")
         for text in load.wrong[:5]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
+from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
-from rock.errors import Conflict, RockError, Unavailable
+from rock.errors import Conflict, NoCapacity, RockError, Unavailable
 from rock.host import atomic_file
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, State
@@ -108,6 +112,80 @@ def test_what_a_newer_server_wrote_is_left_to_it(own_server: Callable[..., Runni
     server.kill()
     file.write_text(text)
     server.start()
+
+
+@pytest.fixture
+def slow(own_server: Callable[..., RunningServer], tmp_path: Path) -> Iterator[tuple[RunningServer, Path]]:
+    """A server for four sandboxes, and the file of its faults."""
+    plan = tmp_path / "plan"
+    plan.write_text("")
+    yield own_server(ROCK_FAULTS=str(plan), ROCK_SANDBOX_LIMIT="4", ROCK_POOL_SIZE="0"), plan
+    plan.write_text("")
+
+
+def test_an_unattached_sandbox_is_listed_counted_and_waited_for(slow: tuple[RunningServer, Path]) -> None:
+    server, plan = slow
+    sandboxes = [make(server) for _ in range(4)]
+    for number, sandbox in enumerate(sandboxes):
+        sandbox.arun(f"x={number}")
+    server.kill()
+    plan.write_text("node.recovery.attach=stall:3")
+    server.start()
+    with Client(server.url) as client:
+        listed = client.list_sandboxes(states="running")
+        assert {info.sandbox_id for info in listed} == {sandbox.sandbox_id for sandbox in sandboxes}
+    with pytest.raises(NoCapacity):
+        make(server)
+    plan.write_text("")
+    found = [again(server, sandbox) for sandbox in sandboxes]
+    assert [one.arun("echo $x").output for one in found] == ["0\n", "1\n", "2\n", "3\n"]
+    assert server.log().count("found sandbox") == 4  # each once, although a request and the background need it
+
+
+def test_an_unattached_sandbox_can_be_stopped(slow: tuple[RunningServer, Path]) -> None:
+    server, plan = slow
+    sandboxes = [make(server) for _ in range(3)]
+    server.kill()
+    plan.write_text("node.recovery.attach=stall:2")
+    server.start()
+    with Client(server.url) as client:
+        assert client.stop_sandbox(sandboxes[0].sandbox_id or "").state is State.STOPPED
+        assert client.get_sandbox(sandboxes[0].sandbox_id or "").cause is Cause.USER
+    plan.write_text("")
+    assert [again(server, sandbox).arun("echo a").output for sandbox in sandboxes[1:]] == ["a\n"] * 2
+
+
+def test_a_sandbox_that_ends_before_it_is_attached_is_lost(slow: tuple[RunningServer, Path]) -> None:
+    server, plan = slow
+    ended, stays = make(server), make(server)
+    (record,) = (found for path in server.home.rglob("record.json")
+                 if (found := json.loads(path.read_text())).get("id") == ended.sandbox_id)
+    server.kill()
+    plan.write_text("node.recovery.attach=stall:2")
+    server.start()
+    os.kill(int(record["pid"]), signal.SIGKILL)
+    with Client(server.url) as client:
+        until(lambda: client.get_sandbox(ended.sandbox_id or "").state is State.STOPPED)
+        assert client.get_sandbox(ended.sandbox_id or "").cause is Cause.LOST
+    plan.write_text("")
+    assert again(server, stays).arun("echo a").output == "a\n"
+
+
+def test_a_kill_before_all_sandboxes_are_attached(slow: tuple[RunningServer, Path]) -> None:
+    server, plan = slow
+    sandboxes = [make(server) for _ in range(4)]
+    for number, sandbox in enumerate(sandboxes):
+        sandbox.arun(f"x={number}")
+    for passes in (1, 3):
+        server.kill()
+        plan.write_text(f"node.recovery.attach=kill@{passes}")
+        with contextlib.suppress(AssertionError, RockError):  # it may end before it serves
+            server.start()
+        assert server.process is not None
+        until(lambda: server.process is not None and server.process.poll() is not None)
+        plan.write_text("")
+        server.start()
+    assert [again(server, one).arun("echo $x").output for one in sandboxes] == ["0\n", "1\n", "2\n", "3\n"]
 
 
 def test_deadlines_survive(own_server: Callable[..., RunningServer]) -> None:

@@ -22,8 +22,8 @@ _ENDING = 30.0  # seconds for its sandboxes to end
 class Hosted(Rocklet):
     """A rocklet that monitors its host."""
 
-    async def open(self) -> None:
-        await super().open()
+    async def open(self, *, later: bool = False) -> None:
+        await super().open(later=later)
         loop = asyncio.get_running_loop()
         self._end: asyncio.Task[None] | None = None
 

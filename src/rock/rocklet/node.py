@@ -1,4 +1,4 @@
-"""All sandboxes of this machine: admission, creation, recovery after a restart, events of their ends, removal."""
+"""All sandboxes of this machine: admission, creation, events of their ends, removal. Recovery is in recovery.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from rock import faults
 from rock.errors import Conflict, Lost, NoCapacity, NotFound, NotHere, RockError
-from rock.host import atomic_file, resources
+from rock.host import resources
 from rock.host.atomic_file import not_started
 from rock.http.asgi import App
 from rock.http.event_loop import settled
@@ -23,7 +23,6 @@ from rock.protocol.node import NodeInventory, NodeSandbox, NodeStatus, NodeVolum
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, SandboxConfig
 from rock.rocklet.commands.session import Session
 from rock.rocklet.configuration import WorkerConfiguration
-from rock.rocklet.durability import resume
 from rock.rocklet.environments.host import ENV_LEASE
 from rock.rocklet.environments.local_socket import LocalSocket
 from rock.rocklet.idle import AFTER, IdleDescriptors
@@ -32,13 +31,14 @@ from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
 from rock.rocklet.lifecycle import Ends, Replaced, make, wake_sandbox
 from rock.rocklet.pools import Pools as WarmPools
+from rock.rocklet.recovery import Recovery, Unattached
 from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
 from rock.rocklet.snapshots import Snapshots
 from rock.rocklet.state import StateDirectory
 from rock.rocklet.volumes import HostFolders, Volumes
-from rock.runtime.base import Handle, Liveness, Runtime
+from rock.runtime.base import Handle, Runtime
 from rock.runtime.pools import Pools, Prepared, StartsFirst
 
 log = logging.getLogger("rock.node")
@@ -74,7 +74,7 @@ class Node:
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
         self.configuration = WorkerConfiguration(folder.parent / "configuration.json", self.runtimes, own_logs)
-        self.local_socket = LocalSocket(folder, self.get)
+        self.local_socket = LocalSocket(folder, self.find)
         self.limit, self._limit_reason = (limit, "ROCK_SANDBOX_LIMIT") if limit else resources.sandboxes(share)
         self._env_lease = env_lease
         self.boot = uuid.uuid4().hex[:12]
@@ -84,13 +84,15 @@ class Node:
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = RetainedSandboxes(self.state_dir)
         self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
-        self.commits = Commits(images.store, self.kept, self.supervisors, self.get)
+        self.commits = Commits(images.store, self.kept, self.supervisors, self.find)
         self.builds = Builds(images, self.runtimes)
         mountable = HostFolders(host_mounts, home or folder.parent)
         self.volumes = Volumes(folder.parent / "volumes", mountable, self._users_of, images.agents)
         self.runtimes.mount_source = self.volumes
-        self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
+        self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.find)
         self.runtimes.first_of = self.snapshots.first_program
+        self.recovery = Recovery(self.state_dir, self.runtimes, self.kept, self.quarantine, self.snapshots, self.ends,
+                                 self.supervisors, self.supervise)
         self.pools = WarmPools(self.runtimes)
         self.descriptors = IdleDescriptors(idle_after)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
@@ -103,8 +105,9 @@ class Node:
 
     # ---- start and stop ----
 
-    async def open(self) -> None:
-        """Open the runtimes, recover the sandboxes of an earlier run, and remove resources without a record."""
+    async def open(self, *, later: bool = False) -> None:
+        """Open the runtimes, recover the sandboxes of an earlier run, and remove resources without a record. later:
+        some sandboxes stay unattached until a request needs them, or until `recovery.begin`."""
         self.state_dir.make()
         self.local_socket.open()
         await asyncio.to_thread(self.volumes.open)
@@ -114,16 +117,18 @@ class Node:
         self.descriptors.start()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
-        await Recovery(self).run()
+        await self.recovery.survey(later=later)
 
     def let_go(self) -> None:
         """Prepare for the stop of the server: requests that wait for commands end now, and the commands continue."""
+        self.recovery.let_go()
         for supervisor in self.supervisors.values():
             supervisor.let_go()
 
     async def close(self) -> None:
         """Detach from every sandbox and leave it running."""
         self.ends.closing = True
+        await self.recovery.close()
         tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._rolling.values(),
                  *self._replaced.tasks(), *self._tasks]
         for task in tasks:
@@ -154,6 +159,7 @@ class Node:
         return await self._started(sandbox_id, config, wake=True)
 
     async def _started(self, sandbox_id: str, config: SandboxConfig, *, wake: bool) -> NodeSandbox:
+        await self.recovery.found(sandbox_id)
         await self._ended_first(sandbox_id, self._destroying, self._stopped)
         held = self.quarantine.error(sandbox_id)
         if held is not None:
@@ -166,7 +172,7 @@ class Node:
             return found.describe()
         task = self._creating.get(sandbox_id)
         if task is None:
-            if len(self.supervisors) + len(self._creating) >= self.limit:
+            if self.count + len(self._creating) >= self.limit:
                 raise NoCapacity(
                     f"this machine is at its limit of {self.limit} sandboxes: {self._limit_reason}",
                     hint="stop some, or set ROCK_SANDBOX_LIMIT to a higher number",
@@ -271,6 +277,7 @@ class Node:
         Concurrent calls share one removal, which continues when callers disconnect; all get the response when it is
         complete.
         """
+        await self.recovery.found(sandbox_id)
         await self._ended_first(sandbox_id, self._stopped, self._rolling)
         return await _joined(self._destroying, sandbox_id, lambda: self._destroy(sandbox_id, grace))
 
@@ -278,7 +285,8 @@ class Node:
         await self._replaced.gone(sandbox_id)
         supervisor = await self._after_creation(sandbox_id)
         if supervisor is None:
-            others = {*self.supervisors, *self._creating, *self.kept.ids(), *self.quarantine.ids()} - {sandbox_id}
+            others = {*self.supervisors, *self.recovery.unattached, *self._creating, *self.kept.ids(),
+                      *self.quarantine.ids()} - {sandbox_id}  # fmt: skip
             await self.quarantine.remove(sandbox_id, sorted(others))
             await self.kept.remove(sandbox_id)
             return NodeSandbox(sandbox_id=sandbox_id)
@@ -296,6 +304,7 @@ class Node:
 
         Concurrent calls share one operation, as in `destroy`.
         """
+        await self.recovery.found(sandbox_id)
         await self._ended_first(sandbox_id, self._destroying, self._rolling)
         return await _joined(self._stopped, sandbox_id, lambda: self._rest(sandbox_id, grace))
 
@@ -316,6 +325,7 @@ class Node:
         self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
     ) -> NodeSandbox:
         """Restore a stopped sandbox from the archive, for a later `wake`."""
+        await self.recovery.found(sandbox_id)
         await self._ended_first(sandbox_id, self._destroying, self._stopped)
         found = self.supervisors.get(sandbox_id)
         if found is not None:
@@ -338,6 +348,7 @@ class Node:
     async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
         """Return a running sandbox to a snapshot: a new sandbox under its id replaces it. NotFound, Conflict,
         Unsupported; the sandbox then continues unchanged."""
+        await self.recovery.found(sandbox_id)
         await self._ended_first(sandbox_id, self._destroying, self._stopped, self._rolling)
         return await _joined(self._rolling, sandbox_id, lambda: self._rollback(sandbox_id, snapshot_id))
 
@@ -372,7 +383,8 @@ class Node:
 
     def _users_of(self, volume_id: str) -> list[str]:
         """The sandboxes that use a volume; those with a damaged record may use any."""
-        running = (one for one in self.supervisors.values() if one.config.volumes)
+        here: list[Supervisor | Unattached] = [*self.supervisors.values(), *self.recovery.unattached.values()]
+        running = (one for one in here if one.config.volumes)
         mounted = [one.id for one in running if volume_id in (m.volume_id for m in one.config.volumes or ())]
         return [*mounted, *self.quarantine.ids()]
 
@@ -408,21 +420,27 @@ class Node:
         held = self.quarantine.error(sandbox_id)
         raise held or self.ends.error(sandbox_id) or NotHere(f"sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
 
+    async def find(self, sandbox_id: str) -> Supervisor:
+        """As `get`, once the sandbox is attached."""
+        await self.recovery.found(sandbox_id)
+        return self.get(sandbox_id)
+
     async def pause(self, sandbox_id: str) -> NodeSandbox:
         """See `Supervisor.pause`."""
-        supervisor = self.get(sandbox_id)
+        supervisor = await self.find(sandbox_id)
         async with supervisor.awake():
             await supervisor.pause()
         return supervisor.describe()
 
     async def resume(self, sandbox_id: str) -> NodeSandbox:
         """See `Supervisor.resume`."""
-        supervisor = self.get(sandbox_id)
+        supervisor = await self.find(sandbox_id)
         await supervisor.resume()
         return supervisor.describe()
 
     async def look(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         """The current state of a sandbox. NotFound when it is not on this machine."""
+        await self.recovery.found(sandbox_id)
         supervisor = self.supervisors.get(sandbox_id)
         if supervisor is None:
             held = self.quarantine.look(sandbox_id)
@@ -435,8 +453,9 @@ class Node:
         return supervisor.describe(await supervisor.usage() if usage else None)
 
     def inventory(self) -> NodeInventory:
-        here = [s.describe() for s in self.supervisors.values()]
-        return NodeInventory(sandboxes=[*here, *self.quarantine.describe()], kept=self.kept.ids())
+        here = [supervisor.describe() for supervisor in self.supervisors.values()]
+        unattached = [one.describe() for one in self.recovery.unattached.values()]
+        return NodeInventory(sandboxes=[*here, *unattached, *self.quarantine.describe()], kept=self.kept.ids())
 
     async def status(self) -> NodeStatus:
         runtime = self.runtimes[self.runtimes.default]
@@ -451,7 +470,7 @@ class Node:
             cpus=os.cpu_count() or 1,
             memory_total=total,
             memory_free=free,
-            sandboxes=len(self.supervisors),
+            sandboxes=self.count,
             sandbox_limit=self.limit,
             boot=self.boot,
             memory_pressure=resources.pressure(),
@@ -483,9 +502,14 @@ class Node:
         return not self.has_sandboxes
 
     @property
+    def count(self) -> int:
+        """The number of sandboxes that run or are being ended."""
+        return len(self.supervisors) + len(self.recovery.unattached)
+
+    @property
     def has_sandboxes(self) -> bool:
         """Whether a sandbox runs, starts or is being ended."""
-        return bool(self.supervisors or self._creating)
+        return bool(self.count or self._creating)
 
     def _ended(self, supervisor: Supervisor, cause: Cause, reason: str) -> None:
         """A sandbox ended by itself: publish an event, and remove its resources."""
@@ -511,83 +535,3 @@ async def _joined(
         task = tasks[sandbox_id] = asyncio.create_task(work(), name=f"end-{sandbox_id}")
         task.add_done_callback(lambda _: tasks.pop(sandbox_id, None))
     return await asyncio.shield(task)
-
-
-# ---- recovery ----
-#
-# After a restart of the server, the sandboxes of the earlier run are recovered.
-
-
-_AT_ONCE = 16
-
-
-class Recovery:
-    """The recovery of a node, run once when its runtimes are open."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._known: dict[str, list[str]] = {name: [] for name in node.runtimes.names()}  # ids by runtime
-        self._gate = asyncio.Semaphore(_AT_ONCE)
-
-    async def run(self) -> None:
-        """Recover running and stopped sandboxes, and remove resources without a record."""
-        node = self._node
-        await asyncio.gather(*(self._try(sandbox_id) for sandbox_id in node.state_dir.ids()))
-        await node.runtimes.sweep(self._known)
-        await asyncio.to_thread(node.state_dir.sweep_logs)
-        unused = node.state_dir.unused({supervisor.spools.path.name for supervisor in node.supervisors.values()})
-        if node.quarantine.ids():  # some resources may belong to quarantined sandboxes
-            node.quarantine.spools = unused
-        else:
-            await asyncio.to_thread(node.state_dir.sweep, unused)
-
-    async def _try(self, sandbox_id: str) -> None:
-        async with self._gate:
-            try:
-                await self._recover(sandbox_id)
-            except Exception as error:  # an unreadable record stays unchanged, for a server that can read it
-                log.exception("sandbox %s could not be found again", sandbox_id)
-                self._hold(sandbox_id, f"it could not be found again ({error!r})")
-
-    def _hold(self, sandbox_id: str, why: str) -> None:
-        """Quarantine a sandbox that cannot be used: its resources are removed only on request."""
-        if not self._node.quarantine.add(sandbox_id, why):
-            self._node.ends.tell(sandbox_id, Cause.LOST, f"{why}, and it ended while no server was running")
-        for ids in self._known.values():
-            ids.append(sandbox_id)
-
-    async def _recover(self, sandbox_id: str) -> None:
-        node = self._node
-        try:
-            config, handle, record = node.state_dir.load(sandbox_id)
-            runtime = node.runtimes[handle.runtime]
-        except OSError as error:
-            self._hold(sandbox_id, f"its record on the server's disk cannot be read ({error.strerror})")
-            return
-        except atomic_file.Damaged as error:  # an unreadable record may be a newer server's
-            log.error("the record of sandbox %s is damaged: %s", sandbox_id, error)
-            self._hold(sandbox_id, "its record on the server's disk is damaged")
-            return
-        stopped = bool(record.get("resting"))
-        if stopped or await runtime.recover(handle) is Liveness.GONE:
-            if not stopped:
-                node.ends.tell(sandbox_id, Cause.LOST, "it ended while no server was running")
-            if config.keeps_files and await node.kept.recover(config, runtime, handle):
-                await asyncio.to_thread(node.state_dir.remove_logs, sandbox_id)
-                self._known[handle.runtime].append(handle.id)
-                return
-            await runtime.destroy(handle)
-            await asyncio.to_thread(node.state_dir.remove, sandbox_id)
-            return
-        self._known[handle.runtime].append(handle.id)
-        supervisor = node.supervise(sandbox_id, config, runtime, handle, record.get("spools"))
-        try:
-            await resume.recover(supervisor, record)
-        except BaseException:
-            await supervisor.detach()
-            raise
-        if record.get("inherited", [None])[0] is not None:
-            node.snapshots.inherit(supervisor, record["inherited"][0], record["inherited"][1:])
-        node.supervisors[sandbox_id] = supervisor
-        supervisor.begin_idle()
-        log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())

@@ -329,6 +329,10 @@ class Supervisor:
     def touch(self) -> None:
         self._last = time.monotonic()
 
+    def idle_since(self, began: float) -> None:
+        """It had no request since this time.monotonic(): it was found again later."""
+        self._last = began
+
     @property
     def idle_seconds(self) -> float:
         return 0.0 if self._busy or self.paused else time.monotonic() - self._last

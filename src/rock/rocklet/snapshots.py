@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Shells(NamedTuple):
 class Snapshots:
     """The snapshots of this machine, by id. find: the running sandbox with an id."""
 
-    def __init__(self, folder: Path, runtimes: Runtimes, find: Callable[[str], Supervisor]) -> None:
+    def __init__(self, folder: Path, runtimes: Runtimes, find: Callable[[str], Awaitable[Supervisor]]) -> None:
         self._folder = folder
         self._runtimes = runtimes
         self._find = find
@@ -102,7 +102,7 @@ class Snapshots:
     async def checkpoint(self, sandbox_id: str, spec: NodeCheckpoint) -> NodeSnapshot:
         """Take a snapshot of a running sandbox. A repetition with the same id returns the same. Conflict, Unsupported,
         StorageFull; the sandbox then continues unchanged."""
-        sandbox = self._find(sandbox_id)
+        sandbox = await self._find(sandbox_id)
         if (known := self._known.get(spec.snapshot_id)) is not None:
             return known
         task = self._taking.get(sandbox_id)
@@ -186,7 +186,7 @@ class Snapshots:
     async def forkable(self, sandbox_id: str) -> NodeForkable:
         """The level that a checkpoint with memory="auto" would have at this moment, and the reasons against a better
         one. Unsupported for a runtime without snapshots, Conflict for a paused sandbox."""
-        sandbox = self._find(sandbox_id)
+        sandbox = await self._find(sandbox_id)
         runtime = sandbox.runtime
         if not isinstance(runtime, Forks):
             raise Unsupported(f"runtime {sandbox.handle.runtime!r} cannot take snapshots", sandbox_id=sandbox.id,

@@ -56,7 +56,8 @@ class StateDirectory:
 
     def load(self, sandbox_id: str) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
         """Read a record. atomic_file.Damaged. OSError. Any other exception: a record of a newer version."""
-        record = atomic_file.parsed(Path(self.record(sandbox_id)).read_bytes())
+        with open(self.record(sandbox_id), "rb", buffering=0) as file:
+            record = atomic_file.parsed(file.readall())
         handle = record["handle"]
         handle["isolation"] = Isolation(handle["isolation"])
         return SandboxConfig.model_validate(record["config"]), Handle(**handle), record

@@ -25,7 +25,6 @@ from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "loop", "tmpfs", "none"]
 
-
 # Clock of `since`: the clock of process start times, which continues while the machine is suspended.
 CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -372,6 +371,12 @@ class ReportsEnds(Protocol, metaclass=Capability):
     def when_ended(self, handle: Handle, ended: Callable[[str], None]) -> Callable[[], None]:
         """Call `ended` once, with the reason that `wait` returns. Returns a function that cancels this; idempotent."""
         ...
+
+
+@runtime_checkable
+class Notes(Protocol, metaclass=Capability):
+    """Includes a sandbox in `sweep` and in the enforcement of limits before `recover`, without a request to it."""
+    def note_running(self, handle: Handle) -> bool: ...  # whether it runs
 
 
 @runtime_checkable

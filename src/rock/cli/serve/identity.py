@@ -79,7 +79,8 @@ class Identity:
         node = self._node
         if node is None:
             return ["those of its workers"]
-        return sorted({*node.supervisors, *node.kept.ids(), *node.quarantine.ids(), *node.volumes.ids()})
+        return sorted({*node.supervisors, *node.recovery.unattached, *node.kept.ids(), *node.quarantine.ids(),
+                       *node.volumes.ids()})  # fmt: skip
 
     async def _unknown(self) -> Sequence[str]:
         """Local sandboxes and volumes that are not in the store."""
@@ -102,6 +103,7 @@ class Identity:
     async def _adopt(self) -> None:
         """Create records of the running sandboxes, so that they are not ended as unknown."""
         assert self._node is not None
+        await self._node.recovery.complete()
         status, now = await self._node.status(), time.time()
         for supervisor in self._node.supervisors.values():
             made = supervisor.describe()

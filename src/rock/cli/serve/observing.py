@@ -61,7 +61,7 @@ def observe(settings: Settings, role: str, store: Store | None = None, node: Nod
             except RockError as error:
                 log.warning("sandboxes could not be counted: %s", error)
         if node is not None:
-            here: dict[Labels, float] = {(): float(len(node.supervisors))}
+            here: dict[Labels, float] = {(): float(node.count)}
             told.append(gauge_of("rock_worker_sandboxes", "Sandboxes that live on this machine", (), here))
             room: dict[Labels, float] = {(): float(node.limit)}
             told.append(gauge_of("rock_worker_sandbox_limit", "Most sandboxes on this machine", (), room))

@@ -191,14 +191,13 @@ class Rocklet:
         self.node.let_go()
 
     @property
-    def left(self) -> int:
-        """Sandboxes that survive it."""
-        return len(self.node.supervisors)
+    def left(self) -> int:  # sandboxes that survive it
+        return self.node.count
 
-    async def open(self) -> None:
+    async def open(self, *, later: bool = False) -> None:
         self.home.take()
         try:
-            await self.node.open()
+            await self.node.open(later=later and self.membership is None)  # a lost lease ends all sandboxes at once
         except BaseException:
             await self.node.close()  # other runtimes may be open already
             self.home.release()
@@ -326,7 +325,7 @@ class Server:
 
     async def open(self) -> None:
         check_left(self.settings, 1)
-        await self.rocklet.open()
+        await self.rocklet.open(later=True)
         try:
             self._identity.check_there()
             await self.admin.open()
@@ -340,6 +339,7 @@ class Server:
         except BaseException:
             await self.rocklet.close()
             raise
+        self.node.recovery.begin()
 
     async def close(self) -> None:
         """Stop serving; sandboxes survive and are found again by the next server."""

@@ -490,8 +490,14 @@ class SandboxRouter(Router):
         super().add(route, handler)
 
     async def serve(self, found: Found | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """As of Router; a sandbox that was paused because it was idle is continued first."""
+        """As of Router, once the sandbox is attached; one that was paused because it was idle is continued first."""
         supervisor = None
+        if found is not None and self._node.recovery.unattached:
+            try:
+                await self._node.recovery.found(found[1].get("sandbox_id", ""))
+            except RockError as error:
+                await _refuse(scope, send, error)
+                return
         if found is not None and found[2].plane == "data":
             supervisor = self._node.supervisors.get(found[1].get("sandbox_id", ""))
         if supervisor is None or supervisor.auto_pause is None:
@@ -501,7 +507,7 @@ class SandboxRouter(Router):
             try:
                 await stack.enter_async_context(supervisor.awake())
             except RockError as error:
-                await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
+                await _refuse(scope, send, error)
                 return
             await super().serve(found, scope, receive, send)
 
@@ -522,6 +528,10 @@ class SandboxRouter(Router):
             return reply
 
         return told
+
+
+async def _refuse(scope: Scope, send: Send, error: RockError) -> None:
+    await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
 
 
 async def told_of_end(

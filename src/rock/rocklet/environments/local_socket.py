@@ -23,7 +23,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ _CONNECTIONS = 1024
 class LocalSocket:
     """Listens in `folder`. find: returns the sandbox of an id, or raises its error."""
 
-    def __init__(self, folder: Path, find: Callable[[str], Supervisor]) -> None:
+    def __init__(self, folder: Path, find: Callable[[str], Awaitable[Supervisor]]) -> None:
         self.path = folder / DOOR
         self._find = find
         self._socket: socket.socket | None = None
@@ -135,7 +135,7 @@ class LocalSocket:
         if not isinstance(sandbox_id, str) or type(number) is not int or not isinstance(token, str):
             raise InvalidConfig("the first packet has no valid sandbox, env and token",
                                 hint="connect through rock.make, or use HTTP")
-        supervisor = self._find(sandbox_id)
+        supervisor = await self._find(sandbox_id)
         host = supervisor.env_host
         if host is None or not host.pipe_lending.is_token(number, token):
             raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id,

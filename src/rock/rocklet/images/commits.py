@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -34,16 +34,16 @@ class Commits:
     """At most one commit per sandbox at a time. A caller that disconnects ends its commit; the partial result is
     removed.
 
-    kept: the stopped sandboxes. supervisors: the running ones by id. get: a running one, or the error that describes
+    kept: the stopped sandboxes. supervisors: the running ones by id. find: a running one, or the error that describes
     its end.
     """
 
     def __init__(self, store: ImageStore, kept: RetainedSandboxes, supervisors: Mapping[str, Supervisor],
-                 get: Callable[[str], Supervisor]) -> None:  # fmt: skip
+                 find: Callable[[str], Awaitable[Supervisor]]) -> None:  # fmt: skip
         self._store = store
         self._kept = kept
         self._supervisors = supervisors
-        self._get = get
+        self._find = find
         self._under_way: dict[str, asyncio.Task[NodeImage]] = {}
 
     async def close(self) -> None:
@@ -70,7 +70,7 @@ class Commits:
     async def _commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         try:
             stopped = sandbox_id in self._kept
-            with self._read(sandbox_id, stopped) as (runtime, handle):
+            async with self._read(sandbox_id, stopped) as (runtime, handle):
                 if not isinstance(runtime, Snapshots):
                     raise Unsupported(f"runtime {handle.runtime!r} cannot commit a sandbox to an image",
                                       hint="use the namespace runtime, or build an image with `rock image build`")
@@ -90,14 +90,14 @@ class Commits:
 
     # ---- checks before the commit ----
 
-    @contextlib.contextmanager
-    def _read(self, sandbox_id: str, stopped: bool) -> Iterator[tuple[Runtime, Handle]]:
+    @contextlib.asynccontextmanager
+    async def _read(self, sandbox_id: str, stopped: bool) -> AsyncGenerator[tuple[Runtime, Handle]]:
         """The sandbox, protected against its idle timeout; a stopped one is protected against changes."""
         if stopped:
             with self._kept.reading(sandbox_id) as found:
                 yield found.runtime, found.handle
             return
-        supervisor = self._get(sandbox_id)
+        supervisor = await self._find(sandbox_id)
         if supervisor.paused:  # it has no idle timeout now, and its processes are stopped already
             yield supervisor.runtime, supervisor.handle
             return

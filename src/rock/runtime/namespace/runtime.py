@@ -375,6 +375,13 @@ class NamespaceRuntime(InitSandboxes):
     def complete(self, handle: Handle, program: Program) -> Program:
         return self._handles.complete(handle, program)
 
+    def note_running(self, handle: Handle) -> bool:
+        try:
+            self._slots.find(handle)
+        except errors.Lost:
+            return False
+        return True
+
     async def recover(self, handle: Handle) -> Liveness:
         try:
             await self.link(handle).request("hello", patience=10)
