@@ -222,3 +222,24 @@ def test_close_leaves_sandboxes_and_empties_the_pool(tmp_path: Path) -> None:
             await runtime.destroy(handle)
 
     run(main())
+
+
+def test_a_pid_1_that_responds_late_is_found_again(tmp_path: Path) -> None:
+    """On a machine without free memory it may need more than the 10 s of one request."""
+
+    async def main() -> None:
+        images = HandMade(tmp_path / "image")
+        earlier = NamespaceRuntime(tmp_path / "run", 0, images)
+        await earlier.open()
+        handle = await earlier.create("late", SandboxConfig(**CONFIG))
+        await earlier.close()
+        later = NamespaceRuntime(tmp_path / "run", 0, images)
+        await later.open()
+        os.kill(handle.data["pid"], signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(11, os.kill, handle.data["pid"], signal.SIGCONT)
+        assert await later.recover(handle) == Liveness.RUNNING
+        await later.destroy(handle)
+        assert await later.recover(handle) == Liveness.GONE
+        await later.close()
+
+    run(main())

@@ -49,6 +49,7 @@ def _quarter() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
+_HELLOS = 6  # requests to a live pid 1 after a restart, 10 s each, before it counts as gone
 _RECENT = 0.02  # seconds for which a check counts for the create after it
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of unclaimed pool members
 
@@ -383,10 +384,13 @@ class NamespaceRuntime(InitSandboxes):
         return True
 
     async def recover(self, handle: Handle) -> Liveness:
-        try:
-            await self.link(handle).request("hello", patience=10)
-        except errors.RockError:
-            return Liveness.GONE
+        for left in reversed(range(_HELLOS)):
+            try:
+                await self.link(handle).request("hello", patience=10)
+                break
+            except errors.RockError:  # on a machine without free memory or CPU, a response may take long
+                if not left or not process_tree.lives(handle.data["pid"], handle.data["start"]):
+                    return Liveness.GONE
         if "egress" in handle.data:
             data = handle.data
             self._egress.adopt(data["slot"], handle.id, lambda: self.link(handle), data["egress"])
