@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.faults.world import Server, World
 from tests.leaks import Inventory, take_inventory
+from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import Conflict
@@ -107,7 +108,7 @@ def test_both_go_on_over_a_graceful_stop(server: Server, box: Sandbox) -> None:
     assert (seen.output, seen.exit_code) == ("begun\nwhole\n", 3)
     done = over_a_crash(server, lambda: box.execute(["sh", "-c", f"cat; {text}"], stdin="in\n"), graceful=True)
     assert (done.stdout, done.exit_code) == ("in\nbegun\nwhole\n", 3)
-    assert not list(spools(server, box).glob("x*"))  # nor is any file left
+    until(lambda: not list(spools(server, box).glob("x*")))  # nor is any file left
     assert box.execute(["cat", "/tmp/graceful"]).stdout == "x\nx\n"
 
 
