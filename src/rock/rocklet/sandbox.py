@@ -519,12 +519,14 @@ class Supervisor:
         await self.runtime.destroy(self.handle)
         await self._close_all()
 
-    async def replaced(self) -> None:
-        """End it: another sandbox has its id and its record now."""
+    async def replaced(self, *, logs: bool) -> None:
+        """End it: another sandbox has its id and its record now. logs: also remove the output of its processes, before
+        that sandbox has any."""
         await self._let_go()
         await self.runtime.destroy(self.handle)
         await self._close_all()
-        await asyncio.to_thread(self._state_dir.remove_logs, self.id)
+        if logs:
+            await asyncio.to_thread(self._state_dir.remove_logs, self.id)
         self._state_dir.give_back(self.spools)
 
     async def rest(self, grace: float) -> Handle:
