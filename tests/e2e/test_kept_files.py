@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
+from tests.leaks import homes
+from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import Conflict, Expired, InvalidConfig, NotFound, RockError, Unsupported
@@ -287,10 +289,12 @@ def test_a_worker_that_lost_the_files_says_so(own_server: Callable[..., RunningS
     sandbox.start()
     sandbox.stop()
     server.kill()
-    for slot in (server.home / "run" / "namespace").glob("n-*"):
-        remove_tree(str(slot))
+    for home in homes(server.home):
+        for slot in (home / "run" / "namespace").glob("n-*"):
+            remove_tree(str(slot))
     server.start()
     sandbox.url = server.url
+    until(lambda: not sandbox.info().kept)  # a rocklet process reports it when it has joined
     told = sandbox.info()
     assert (told.state, told.kept, told.auto_delete_at) == (State.STOPPED, False, None)
     assert told.reason is not None and "its files are gone" in told.reason

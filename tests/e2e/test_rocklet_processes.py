@@ -61,8 +61,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[RunningServer, Rocklets, Client]]:
     for name in ("server", "far"):
         (tmp_path / name).mkdir()
     give_image(tmp_path / "far")
-    server = RunningServer(tmp_path / "server", ROCK_API_KEY=KEY, ROCK_WORKERS="none", ROCK_WORKER_LEASE="3",
-                           ROCK_WORKER_GRACE="6")  # fmt: skip
+    server = RunningServer(tmp_path / "server", ROCK_API_KEY=KEY, ROCK_WORKERS="none", ROCK_PROCESSES="1",
+                           ROCK_WORKER_LEASE="3", ROCK_WORKER_GRACE="6")  # fmt: skip
     server.start()
     rocklets = Rocklets(tmp_path / "far", server.url)
     try:
