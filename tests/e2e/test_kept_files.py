@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
-from tests.leaks import homes
+from tests.leaks import homes, members_of
 from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
@@ -288,7 +289,9 @@ def test_a_worker_that_lost_the_files_says_so(own_server: Callable[..., RunningS
     sandbox = Sandbox(config(server))
     sandbox.start()
     sandbox.stop()
+    members = members_of(server.pid)
     server.kill()
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in members))
     for home in homes(server.home):
         for slot in (home / "run" / "namespace").glob("n-*"):
             remove_tree(str(slot))

@@ -34,7 +34,8 @@ class Rocklets:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str) -> None:
-        environment = {**os.environ, "ROCK_HOME": str(self.home), "ROCK_API_KEY": KEY, "ROCK_POOL_SIZE": "0"}
+        environment = {**os.environ, "ROCK_HOME": str(self.home), "ROCK_API_KEY": KEY, "ROCK_POOL_SIZE": "0",
+                       "ROCK_PROCESSES": "1"}  # fmt: skip
         command = [str(SCRIPT), "--port", "0", "--join", self.server, "--name", "far", *more]
         with open(self.home / "output.log", "ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

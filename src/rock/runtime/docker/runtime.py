@@ -92,6 +92,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         self._oom_at: dict[str, float] = {}  # by the engine's id
         self._snapshots = snapshots.Snapshots(self.engine, self._run_dir)
         self._unswept: frozenset[str] | None = None
+        self._slot_of: dict[str, str] = {}  # of recovered sandboxes: a rollback gives a sandbox another slot
 
     # ---- lifecycle of the runtime ----
 
@@ -324,6 +325,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
                 await self._ready()
             self._gpus.taken(handle.data["slot"], tuple(handle.data.get("gpus", ())))
             self._snapshots.note(handle.data["slot"], handle)
+            self._slot_of[handle.id] = handle.data["slot"]
         return found
 
     async def wait(self, handle: Handle) -> str:
@@ -410,7 +412,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         keep, slots, gone = set(known), set(), set()
         for folder in self._run_dir.glob(f"{_PREFIX}*"):
             id = str(read_record(folder).get("id", ""))
-            if id in keep or folder.name in self._making:
+            if folder.name in self._making or (id in keep and self._slot_of.get(id, folder.name) == folder.name):
                 slots.add(folder.name)
             else:
                 gone.add(id or folder.name)

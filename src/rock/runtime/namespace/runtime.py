@@ -389,7 +389,8 @@ class NamespaceRuntime(InitSandboxes):
                 await self.link(handle).request("hello", patience=10)
                 break
             except errors.RockError:  # on a machine without free memory or CPU, a response may take long
-                if not left or not process_tree.lives(handle.data["pid"], handle.data["start"]):
+                data = handle.data
+                if not left or "pid" not in data or not process_tree.lives(data["pid"], data["start"]):
                     return Liveness.GONE
         if "egress" in handle.data:
             data = handle.data
