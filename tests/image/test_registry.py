@@ -215,23 +215,23 @@ def test_an_upload_is_sent_nowhere_else(tmp_path: Path) -> None:
 
 
 def test_a_pull_that_waits_for_another_reports_its_progress(tmp_path: Path) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     with ThreadPoolExecutor(1) as threads:
         with shared_pull(tmp_path / "lock", None) as share:
             assert share is not None
 
             def wait() -> None:
-                with shared_pull(tmp_path / "lock", told.append):
-                    told.append("acquired")
+                with shared_pull(tmp_path / "lock", reported.append):
+                    reported.append("acquired")
 
             waiting = threads.submit(wait)
-            until(lambda: "another process pulls it" in told)
+            until(lambda: "another process pulls it" in reported)
             share("1 of 2 layers " + "x" * 1000)
-            until(lambda: any(words.startswith("1 of 2 layers x") for words in told))
+            until(lambda: any(words.startswith("1 of 2 layers x") for words in reported))
             share("short")
-            until(lambda: told[-1] == "short")
+            until(lambda: reported[-1] == "short")
         waiting.result(60)
-    assert told[-1] == "acquired"
+    assert reported[-1] == "acquired"
 
     def refuse(words: str) -> None:
         raise Unavailable("the pull was canceled")

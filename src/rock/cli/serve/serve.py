@@ -489,8 +489,7 @@ async def _opened(processes: Processes, http: uvicorn.Server, serving: asyncio.T
         await asyncio.gather(serving, return_exceptions=True)
         raise
     finally:
-        if not opening.done():
-            opening.cancel()
+        opening.cancel()  # no effect on one that is done
         await asyncio.gather(opening, return_exceptions=True)
 
 

@@ -168,13 +168,13 @@ def shared_pull(path: Path, progress: Progress | None) -> Iterator[Progress | No
             with suppress(OSError):  # on a full disk the pull itself reports the error
                 os.pwrite(fd, words.encode()[:_LONGEST_WORDS].ljust(_LONGEST_WORDS), 0)
 
-        def told(words: str) -> None:
+        def report(words: str) -> None:
             share(words)
             if progress is not None:
                 progress(words)
 
         share("")  # of an earlier pull
-        yield told
+        yield report
     finally:
         os.close(fd)
 
