@@ -141,7 +141,8 @@ class RunningServer:
             self.front = None
 
     def log(self) -> str:
-        parts = [self.home / "output.log", self.home / "logs" / "server.log"]
+        logs = self.home / "logs"
+        parts = [self.home / "output.log", logs / "server.log", *sorted(logs.glob("process-*.log"))]
         return "\n".join(p.read_text(errors="replace")[-4000:] for p in parts if p.exists())
 
     def kill(self) -> None:
