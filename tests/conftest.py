@@ -49,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(skip)
+    if os.environ["ROCK_PROCESSES"] != "1":
+        for item in items:
+            if (marker := item.get_closest_marker("one_process")) is not None:
+                (reason,) = marker.args
+                item.add_marker(pytest.mark.skip(reason=f"for one rocklet process: {reason}"))
 
 
 class _Instant:
@@ -136,7 +141,8 @@ class RunningServer:
             self.front = None
 
     def log(self) -> str:
-        parts = [self.home / "output.log", self.home / "logs" / "server.log"]
+        logs = self.home / "logs"
+        parts = [self.home / "output.log", logs / "server.log", *sorted(logs.glob("process-*.log"))]
         return "\n".join(p.read_text(errors="replace")[-4000:] for p in parts if p.exists())
 
     def kill(self) -> None:

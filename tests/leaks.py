@@ -35,6 +35,12 @@ def homes(home: Path) -> list[Path]:
     return [home, *sorted((home / "processes").glob("[1-9]*"))]
 
 
+def home_of(home: Path, sandbox_id: str | None) -> Path:
+    """That of the rocklet process which has a sandbox."""
+    assert sandbox_id
+    return next(one for one in homes(home) if (one / "run" / "records" / sandbox_id).exists())
+
+
 def members_of(server: int) -> list[int]:
     """The rocklet processes of a server that has several."""
     found = []

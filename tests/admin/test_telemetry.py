@@ -24,7 +24,7 @@ from rock.protocol.keys import CreateKey
 from rock.sync import Client, Sandbox, SandboxConfig
 from rock.telemetry.context import CURRENT, Context
 from rock.telemetry.logs import Text
-from rock.telemetry.metrics import OTHER, Family, Number, render
+from rock.telemetry.metrics import OTHER, Family, Number, merged, render
 
 SECONDS = 60.0
 Headers = dict[str, str]
@@ -305,3 +305,14 @@ def wait_until(there: Callable[[], bool]) -> None:
     while not there():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_metrics_of_processes_are_one_text() -> None:
+    own = b'# HELP a_total A\n# TYPE a_total counter\na_total 1\n# HELP b B\n# TYPE b gauge\nb{c="{ }"} 2\n'
+    other = b'# HELP b B\n# TYPE b gauge\nb{c="x\xe2\x80\xa8y"} 3\n# HELP d D\n# TYPE d histogram\nd_sum 4\nd_count 1\n'
+    assert merged(own, {"w-1": other, "w-2": b""}).decode().split("\n") == [
+        "# HELP a_total A", "# TYPE a_total counter", "a_total 1",
+        "# HELP b B", "# TYPE b gauge", 'b{c="{ }"} 2', 'b{worker="w-1",c="x\u2028y"} 3',
+        "# HELP d D", "# TYPE d histogram", 'd_sum{worker="w-1"} 4', 'd_count{worker="w-1"} 1', "",
+    ]  # fmt: skip
+    assert merged(own, {}) == own

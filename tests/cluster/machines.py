@@ -31,7 +31,8 @@ class Machine:
         give_image(home)
 
     def start(self, port: int = 0) -> None:
-        environment = {**os.environ, "ROCK_POOL_SIZE": "0", **self.environment, "ROCK_HOME": str(self.home)}
+        environment = {**os.environ, "ROCK_POOL_SIZE": "0", "ROCK_PROCESSES": "1", **self.environment,
+                       "ROCK_HOME": str(self.home)}  # fmt: skip
         with open(self.home / "output.log", "ab") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, sys.executable, "-c", "from rock.cli.scripts import rocklet_main; rocklet_main()",
@@ -87,7 +88,8 @@ class Machine:
 def server(home: Path, port: int = 0, /, **environment: str) -> RunningServer:
     """A server without sandboxes of its own."""
     home.mkdir(parents=True, exist_ok=True)
-    given = {"ROCK_API_KEY": KEY, "ROCK_WORKER_KEY": TOKEN, "ROCK_WORKERS": "none", **environment}
+    given = {"ROCK_API_KEY": KEY, "ROCK_WORKER_KEY": TOKEN, "ROCK_WORKERS": "none", "ROCK_PROCESSES": "1",
+             **environment}  # fmt: skip
     made = RunningServer(home, **given)
     made.start(port)
     return made

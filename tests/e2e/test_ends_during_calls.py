@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.faults.world import World
+from tests.leaks import home_of
 
 from rock.errors import Exited, Expired
 from rock.runtime.namespace import records
@@ -32,7 +33,7 @@ def box_of(world: World) -> Sandbox:
 
 def pid_1(world: World, box: Sandbox) -> int:
     """As this machine sees it."""
-    folder = world.holder.home / "run" / "namespace"
+    folder = home_of(world.holder.home, box.sandbox_id) / "run" / "namespace"
     found = [records.read(folder, slot) for slot in records.slots(folder)]
     return next(int(record["pid"]) for record in found if record.get("id") == box.sandbox_id)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import RunningServer
+from tests.leaks import home_of, homes
 from tests.waiting import until
 
 from rock.errors import Unavailable, Unsupported
@@ -139,7 +140,7 @@ def test_copies_outlive_a_killed_server(own_server: Callable[..., RunningServer]
     client = Client(server.url)
     for one in reversed(client.list_snapshots()):
         client.delete_snapshot(one.snapshot_id)
-    until(lambda: not (server.home / "run/namespace/snapshots").exists(), 10)
+    until(lambda: not any((home / "run/namespace/snapshots").exists() for home in homes(server.home)), 10)
 
 
 def test_a_child_that_fails_at_its_end_leaves_nothing(own_server: Callable[..., RunningServer], tmp_path: Path) -> None:
@@ -147,10 +148,9 @@ def test_a_child_that_fails_at_its_end_leaves_nothing(own_server: Callable[..., 
     plan = tmp_path / "plan"
     plan.write_text("")
     server = own_server(ROCK_FAULTS=str(plan))
-    folder = server.home / "run/namespace"
 
     def slots() -> int:
-        return len([name for name in os.listdir(folder) if name.startswith("n-")])
+        return sum(len([*(home / "run/namespace").glob("n-*")]) for home in homes(server.home))
 
     with Sandbox("host", memory="256m", cpus=1.0, base_url=server.url) as box:
         box.run("x=1")
@@ -164,7 +164,7 @@ def test_a_child_that_fails_at_its_end_leaves_nothing(own_server: Callable[..., 
     client = Client(server.url)
     for one in reversed(client.list_snapshots()):
         client.delete_snapshot(one.snapshot_id)
-    until(lambda: not (folder / "snapshots").exists(), 10)
+    until(lambda: not any((home / "run/namespace/snapshots").exists() for home in homes(server.home)), 10)
 
 
 def test_commands_begin_before_the_checkpoint_returns(own_server: Callable[..., RunningServer]) -> None:
@@ -174,7 +174,8 @@ def test_commands_begin_before_the_checkpoint_returns(own_server: Callable[..., 
         box.run("x=before; echo before > /tmp/file")
         with ThreadPoolExecutor(1) as threads:
             taking = threads.submit(box.checkpoint, memory="processes")
-            until(lambda: any((server.home / "run/namespace/snapshots").glob("*/processes.json")), 60)
+            found = home_of(server.home, box.sandbox_id) / "run/namespace/snapshots"
+            until(lambda: any(found.glob("*/processes.json")), 60)
             box.run("x=after; echo after > /tmp/file")
             assert not taking.done()
             assert out(box, "echo $x; cat /tmp/file") == "after\nafter"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.faults.world import Server, World
-from tests.leaks import Inventory, take_inventory
+from tests.leaks import Inventory, home_of, take_inventory
 from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
@@ -74,8 +74,9 @@ def over_a_crash(
 
 def spools(server: Server, box: Sandbox) -> Path:
     """Where a sandbox's output and journal are kept."""
-    record = json.loads((server.home / "run" / "records" / (box.sandbox_id or "")).read_text())
-    return server.home / "run" / "spools" / str(record["spools"])
+    home = home_of(server.home, box.sandbox_id)
+    record = json.loads((home / "run" / "records" / (box.sandbox_id or "")).read_text())
+    return home / "run" / "spools" / str(record["spools"])
 
 
 COUNT = "i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); [ $((i % 100)) = 0 ] && sleep 0.1; done"
@@ -173,9 +174,14 @@ def test_what_answers_with_a_stream_is_not_begun_again(server: Server, box: Sand
 def test_input_that_was_cut_is_told(server: Server, box: Sandbox) -> None:
     """Input of one request; a larger one is streamed, and the piece under way is a Conflict."""
     text = "x" * 1_000_000
-    seen = over_a_crash(server, lambda: box.execute(["sh", "-c", "sleep 3; wc -c"], stdin=text))
-    assert seen.exit_code in (None, 137) and "while its input was being given" in seen.failure_reason
-    with pytest.raises(Conflict, match="killed in the middle of this"):
+    # A rocklet process of its own serves a moment longer than the server, and finds that the connection ended.
+    several = os.environ["ROCK_PROCESSES"] != "1"
+    try:
+        seen = over_a_crash(server, lambda: box.execute(["sh", "-c", "sleep 3; wc -c"], stdin=text))
+        assert seen.exit_code in (None, 137) and "while its input was being given" in seen.failure_reason
+    except Conflict as error:
+        assert several and "its client left" in str(error)
+    with pytest.raises(Conflict, match="its client left|killed in the middle" if several else "killed in the middle"):
         over_a_crash(server, lambda: box.execute(["sh", "-c", "echo $$ > /tmp/reads; sleep 3; wc -c"], stdin=text * 3))
     assert box.execute("kill -0 $(cat /tmp/reads)").exit_code != 0  # the program of half an input does not go on
 

@@ -65,6 +65,7 @@ def wait_closed(server: RunningServer, before: collections.Counter[str]) -> None
           "the descriptors of idle sessions stay open")  # fmt: skip
 
 
+@pytest.mark.one_process("it counts the descriptors of the process that has the sandboxes")
 def test_idle_sessions_hold_one_descriptor_and_keep_their_state(own_server: Callable[..., RunningServer]) -> None:
     server = own_server(ROCK_IDLE_AFTER="2")
     before = descriptors(server)

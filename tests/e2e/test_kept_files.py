@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
+from tests.leaks import homes, members_of
+from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import Conflict, Expired, InvalidConfig, NotFound, RockError, Unsupported
@@ -286,11 +289,15 @@ def test_a_worker_that_lost_the_files_says_so(own_server: Callable[..., RunningS
     sandbox = Sandbox(config(server))
     sandbox.start()
     sandbox.stop()
+    members = members_of(server.pid)
     server.kill()
-    for slot in (server.home / "run" / "namespace").glob("n-*"):
-        remove_tree(str(slot))
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in members))
+    for home in homes(server.home):
+        for slot in (home / "run" / "namespace").glob("n-*"):
+            remove_tree(str(slot))
     server.start()
     sandbox.url = server.url
+    until(lambda: not sandbox.info().kept)  # a rocklet process reports it when it has joined
     told = sandbox.info()
     assert (told.state, told.kept, told.auto_delete_at) == (State.STOPPED, False, None)
     assert told.reason is not None and "its files are gone" in told.reason

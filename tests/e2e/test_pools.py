@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,8 @@ from rock.errors import Conflict, InvalidConfig, NotFound
 from rock.protocol.keys import CreateKey
 from rock.protocol.pools import PoolInfo
 from rock.sync import Client, Sandbox
+
+WORKERS = int(os.environ["ROCK_PROCESSES"])  # each rocklet process is a worker
 
 
 @pytest.fixture
@@ -32,25 +36,26 @@ def metrics(url: str) -> str:
     return subprocess.run(["curl", "-s", f"{url}/metrics"], capture_output=True, text=True, check=True).stdout
 
 
-def ready(client: Client, name: str, count: int) -> PoolInfo:
-    """The pool, once it has so many unclaimed sandboxes."""
+def ready(client: Client, name: str, count: int, workers: int = 1) -> PoolInfo:
+    """The pool, once each worker has so many unclaimed sandboxes for it; workers: those that have the pool."""
     def found() -> PoolInfo:
         return next(one for one in client.list_pools() if one.name == name)
 
-    until(lambda: found().ready == count, why=f"pool {name} has no {count} sandboxes")
+    until(lambda: found().ready == workers * count, why=f"pool {name} has no {workers} times {count} sandboxes")
     return found()
 
 
 def test_a_pool_of_an_image_serves_creates(server: RunningServer, client: Client) -> None:
     made = client.set_pool("web", image=IMAGE, memory="256m", minimum=2, maximum=4)
     assert (made.minimum, made.maximum, made.hit_rate) == (2, 4, None)
-    ready(client, "web", 2)
+    ready(client, "web", 2, WORKERS)
     with Sandbox(IMAGE, memory="256m", cpus=1.0, base_url=server.url) as box:
         assert box.run("echo hi").output.strip() == "hi"
         with Sandbox(IMAGE, memory="4g", cpus=1.0, base_url=server.url):  # another size of /dev/shm
-            found = ready(client, "web", 2)  # filled again
+            found = ready(client, "web", 2, WORKERS)  # filled again
             assert (found.hits, found.misses, found.hit_rate) == (1, 0, 1.0)
-    assert 'rock_pool_claims_total{outcome="hit",pool="web"} 1' in metrics(server.url)
+    claims = r'^rock_pool_claims_total\{(worker="[^"]+",)?outcome="hit",pool="web"\} 1$'
+    assert re.search(claims, metrics(server.url), re.MULTILINE)
     client.set_pool("web", image=IMAGE, memory="256m", minimum=0, maximum=1)
     assert client.delete_pool("web").name == "web" and not client.list_pools()
     with pytest.raises(NotFound):
@@ -104,13 +109,13 @@ def test_pools_survive_restarts_and_belong_to_tenants(own_server: Callable[..., 
     owner.set_pool("ours", image=IMAGE, memory="256m", minimum=3)
     for client in (tenant, Client(server.url, reader)):
         assert [one.name for one in client.list_pools()] == ["mine"]
-    ready(tenant, "mine", 3)  # pools of the same sandboxes share them
+    ready(tenant, "mine", 3, WORKERS)  # pools of the same sandboxes share them
     owner.delete_pool("ours")
-    ready(tenant, "mine", 1)
+    ready(tenant, "mine", 1, WORKERS)
     server.kill()
     server.start()
     tenant = Client(server.url, key)
-    ready(tenant, "mine", 1)
+    ready(tenant, "mine", 1, WORKERS)
     with Sandbox(IMAGE, memory="256m", cpus=1.0, base_url=server.url, api_key=key):
         assert tenant.list_pools()[0].hits == 1
     rock = [sys.executable, "-m", "rock.cli.main", "--base-url", server.url, "--api-key", "owner", "pool"]

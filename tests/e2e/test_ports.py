@@ -338,7 +338,8 @@ def test_a_client_that_leaves_before_it_is_answered(guest: Guest) -> None:
     for head in (f"GET {start}\r\n", f"POST {start}content-length: 9\r\n\r\nabc"):
         with socket.create_connection((host, int(port)), SECONDS) as client:
             client.sendall(head.format(f"{guest.base}/ports/9003/").encode())
-            until(lambda: sockets(guest.server) > before + 1)
+            # With several processes, a kept connection to that of the sandbox may carry the request.
+            until(lambda: sockets(guest.server) > before + (os.environ["ROCK_PROCESSES"] == "1"))
         until(lambda: sockets(guest.server) <= before)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -234,3 +235,26 @@ def test_a_response_that_precedes_the_body(pair: RunningServer) -> None:
                 assert part, seen
                 seen += part
         assert seen.startswith(b"HTTP/1.1 413")
+
+
+def test_the_metrics_of_a_server_contain_those_of_its_processes(pair: RunningServer) -> None:
+    sandboxes = make(pair, 4)
+    for sandbox in sandboxes:
+        sandbox.arun("true")
+    text = Client(pair.url).transport.call("GET", "/metrics").decode()
+    for name in ("local", "local-1"):
+        count = re.search(rf'^rock_worker_sandboxes{{worker="{name}"}} ([0-9]+)$', text, re.MULTILINE)
+        assert count is not None and int(count[1]) == [worker_of(one) for one in sandboxes].count(name)
+        assert re.search(rf'^rock_command_seconds_count{{worker="{name}",kind="session"}} [1-9]', text, re.MULTILINE)
+    heads = [line for line in text.splitlines() if line.startswith("# TYPE ")]
+    assert len(heads) == len(set(heads)) and 'rock_info{version=' in text
+    for sandbox in sandboxes:
+        sandbox.stop()
+
+
+def test_a_setting_that_a_process_refuses_ends_the_server_with_its_error(tmp_path: Path) -> None:
+    server = RunningServer(tmp_path, ROCK_HOST_MOUNTS="/srv:data", **TWO)
+    with pytest.raises(AssertionError, match="'data' is not an absolute path"):
+        server.start()
+    assert server.process is not None and server.process.returncode == 1
+    assert "ResourceWarning" not in server.log()

@@ -206,16 +206,19 @@ def test_a_store_that_fails_is_a_typed_error_and_a_repetition_succeeds(
     plan.write_text("")
     server = own_server(ROCK_FAULTS=str(plan))
     with Sandbox("host", memory="256m", cpus=1.0, base_url=server.url, record=True) as box:
-        for place, point in enumerate(("store.get", "store.recorded.begin", "store.recorded.finish")):
+        # A server with several processes knows the process of a sandbox that it created, and does not read the store.
+        read = ["store.get"] if os.environ["ROCK_PROCESSES"] == "1" else []
+        points = [*read, "store.recorded.begin", "store.recorded.finish"]
+        for place, point in enumerate(points):
             path = f"/v1/sandboxes/{box.sandbox_id}/execute"
             body = {"command": ["sh", "-c", f"echo {place} >> /tmp/lines; wc -l < /tmp/lines"], "timeout": 30}
             _replaced(plan, f"{point}=error")
             status, answer = _post(server.url + path, body, f"key-{place}")
-            assert (status, answer["error"]["code"]) == (503, "unavailable"), (point, answer)
+            assert (status, answer.get("error", {}).get("code")) == (503, "unavailable"), (point, answer)
             _replaced(plan, "")
             status, answer = _post(server.url + path, body, f"key-{place}")
             assert status == 200 and answer["stdout"].split() == [str(place + 1)], (point, answer)
-        assert len(box.log()) == 3 and all(one.finished_at for one in box.log())
+        assert len(box.log()) == len(points) and all(one.finished_at for one in box.log())
 
 
 def _post(url: str, body: dict[str, Any], key: str) -> tuple[int, Any]:

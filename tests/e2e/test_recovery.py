@@ -107,7 +107,8 @@ def test_what_a_newer_server_wrote_is_left_to_it(own_server: Callable[..., Runni
     del record["crc"]
     file.write_text(atomic_file.summed(json.dumps(record)))
     server.start()
-    assert "could not be found again" in server.log()
+    logs = [path.read_text() for path in (server.home / "logs").glob("*.log")]
+    assert "could not be found again" in "".join(logs)
     assert file.exists() and Path(f"/proc/{pid}").exists()
     server.kill()
     file.write_text(text)

@@ -34,7 +34,8 @@ class Rocklets:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *more: str) -> None:
-        environment = {**os.environ, "ROCK_HOME": str(self.home), "ROCK_API_KEY": KEY, "ROCK_POOL_SIZE": "0"}
+        environment = {**os.environ, "ROCK_HOME": str(self.home), "ROCK_API_KEY": KEY, "ROCK_POOL_SIZE": "0",
+                       "ROCK_PROCESSES": "1"}  # fmt: skip
         command = [str(SCRIPT), "--port", "0", "--join", self.server, "--name", "far", *more]
         with open(self.home / "output.log", "ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -61,8 +62,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[RunningServer, Rocklets, Client]]:
     for name in ("server", "far"):
         (tmp_path / name).mkdir()
     give_image(tmp_path / "far")
-    server = RunningServer(tmp_path / "server", ROCK_API_KEY=KEY, ROCK_WORKERS="none", ROCK_WORKER_LEASE="3",
-                           ROCK_WORKER_GRACE="6")  # fmt: skip
+    server = RunningServer(tmp_path / "server", ROCK_API_KEY=KEY, ROCK_WORKERS="none", ROCK_PROCESSES="1",
+                           ROCK_WORKER_LEASE="3", ROCK_WORKER_GRACE="6")  # fmt: skip
     server.start()
     rocklets = Rocklets(tmp_path / "far", server.url)
     try:

@@ -98,7 +98,11 @@ def test_results_errors_and_files_are_those_of_http(keyed: RunningServer) -> Non
         sandbox.run("true")
 
 
-def test_calls_of_one_loop_share_a_connection_and_those_of_threads_do_not(keyed: RunningServer) -> None:
+def test_calls_of_one_loop_share_a_connection_and_those_of_threads_do_not(
+    keyed: RunningServer, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ROCK_DIRECT", "off")  # with several processes, direct requests have connections of their own
+
     async def work() -> None:
         async with rock.sdk.Sandbox(SandboxConfig(base_url=keyed.url, api_key=KEY, image=IMAGE)) as sandbox:
             for number in range(40):

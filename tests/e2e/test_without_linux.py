@@ -33,7 +33,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(WITHOUT)
     path = ":".join([str(site), *filter(None, sys.path)])
-    running = RunningServer(tmp_path_factory.mktemp("home"), ROCK_RUNTIME="process", PYTHONPATH=path)
+    running = RunningServer(tmp_path_factory.mktemp("home"), ROCK_RUNTIME="process", ROCK_PROCESSES="1",
+                            PYTHONPATH=path)  # fmt: skip
     running.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROCK_HOME", str(running.home))  # clients send its owner key: nothing tells who they are

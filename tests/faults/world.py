@@ -30,7 +30,7 @@ from rock.errors import StorageFull, Unavailable, from_wire
 from rock.protocol.routes import ROUTES
 from rock.runtime.namespace import records
 from rock.sync.transport import Transport
-from tests.leaks import homes
+from tests.leaks import homes, members_of
 from tests.store.postgres_server import Databases, postgres
 
 KINDS = ("process", "apart", "namespace", "branches", "joined", "joined-namespace", "cluster", "postgres", "damage")
@@ -185,7 +185,7 @@ class World:
         self.database: Databases | None = None
         self.workers: list[Server] = []
         if joins:
-            environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
+            environ = {"ROCK_DRAIN_SECONDS": "0.5", "ROCK_PROCESSES": "1", **environ}  # each server has one role
             self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS="none", ROCK_WORKER_KEY=TOKEN,
                                  ROCK_API_KEY=KEY, **environ)  # fmt: skip
             names = ("one", "two", "three") if kind == "cluster" else ("one",)
@@ -200,9 +200,10 @@ class World:
             self._await_workers()
             return
         if kind == "apart":
-            self.workers = [Server(self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME="fake")]
+            environ = {"ROCK_DRAIN_SECONDS": "0.5", "ROCK_PROCESSES": "1", **environ}
+            self.workers = [Server(self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME="fake",
+                                   ROCK_PROCESSES="1")]  # fmt: skip
             self.workers[0].start()
-            environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
             self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS=f"there={self.workers[0].url}")
         else:
             if kind == "postgres":
@@ -320,7 +321,8 @@ class World:
 
     def launchers(self, server: Server | None = None) -> list[int]:
         """Pids of the children of a server that holds sandboxes: of the namespace runtime that is its launcher."""
-        return children((server or self.holder).pid)
+        pid = (server or self.holder).pid
+        return [child for parent in members_of(pid) or [pid] for child in children(parent)]
 
     def zygotes(self, server: Server | None = None) -> list[int]:
         """Pids of the processes that pid 1 of new sandboxes are forked of: children of a launcher, and no pid 1."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tests.image.image_archives import entry, leftovers, tar
 from tests.image.registries import USER, Odd, blobs_of, docker_registry, odd_registry, push
+from tests.waiting import until
 
-from rock.errors import ImageError
+from rock.errors import ImageError, Unavailable
 from rock.images.registry.client import Registry
 from rock.images.registry.logins import Login
 from rock.images.registry.reference import parse
+from rock.images.registry.transfers import shared_pull
 from rock.images.store import ImageStore
 
 BASE = tar([entry("etc"), entry("etc/old", b"old"), entry("etc/kept", b"kept" * 50_000)])
@@ -209,3 +212,29 @@ def test_an_upload_is_sent_nowhere_else(tmp_path: Path) -> None:
     with odd_registry(Elsewhere, IMAGE) as address:
         with pytest.raises(ImageError, match="another host"):
             Registry(parse(f"{address}/team/tool")).upload("sha256:" + "a" * 64, 1, tmp_path / "blob")
+
+
+def test_a_pull_that_waits_for_another_reports_its_progress(tmp_path: Path) -> None:
+    reported: list[str] = []
+    with ThreadPoolExecutor(1) as threads:
+        with shared_pull(tmp_path / "lock", None) as share:
+            assert share is not None
+
+            def wait() -> None:
+                with shared_pull(tmp_path / "lock", reported.append):
+                    reported.append("acquired")
+
+            waiting = threads.submit(wait)
+            until(lambda: "another process pulls it" in reported)
+            share("1 of 2 layers " + "x" * 1000)
+            until(lambda: any(words.startswith("1 of 2 layers x") for words in reported))
+            share("short")
+            until(lambda: reported[-1] == "short")
+        waiting.result(60)
+    assert reported[-1] == "acquired"
+
+    def refuse(words: str) -> None:
+        raise Unavailable("the pull was canceled")
+
+    with shared_pull(tmp_path / "lock", None), pytest.raises(Unavailable), shared_pull(tmp_path / "lock", refuse):
+        raise AssertionError("the lock is taken")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Protocol
 
 from rock import faults
@@ -16,7 +16,7 @@ from rock.protocol.keys import caller_of
 from rock.protocol.routes import OUTAGE, ROUTES, name_of
 from rock.telemetry import process, tracing
 from rock.telemetry.context import CURRENT, REQUEST_ID, TRACEPARENT, Context, new_id, sane_id, sane_traceparent
-from rock.telemetry.metrics import CONTENT_TYPE, REGISTRY, Distribution, Family, Number, gauge_of, render
+from rock.telemetry.metrics import CONTENT_TYPE, REGISTRY, Distribution, Family, Number, gauge_of, merged, render
 
 _ID = REQUEST_ID.encode()
 _EAGLE_EYE = b"eagleeye-traceid"  # the trace id header of ROCK's own clients
@@ -46,7 +46,7 @@ class Observability:
     """Traces and metrics of one server. `over` wraps its application; `measured` is placed behind authentication.
 
     extra: gauges that are read at each export of the metrics. export: the exporter, from the caller with the settings.
-    every: seconds between two exports of the metrics.
+    every: seconds between two exports of the metrics. processes: the metrics of rocklet processes as text, by worker.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Observability:
         export: Exporter | None = None,
         every: float = 30.0,
     ) -> None:
+        self.processes: Callable[[], Awaitable[Mapping[str, bytes]]] | None = None
         self._extra = extra
         self._export = export
         self._every = every
@@ -198,7 +199,10 @@ class Observability:
 
     async def _metrics(self, request: Request) -> Answer:
         caller_of(request.scope).require(_METRICS.access)
-        return Answer(render(await self._families()), content_type=CONTENT_TYPE)
+        text = render(await self._families())
+        if self.processes is not None:
+            text = merged(text, await self.processes())
+        return Answer(text, content_type=CONTENT_TYPE)
 
     async def _families(self) -> list[Family[Number] | Family[Distribution]]:
         own: list[Family[Number] | Family[Distribution]] = [

@@ -188,6 +188,8 @@ class _Recorded:
         self._size = 0
         self._code = b""
         self._start: MutableMapping[str, Any] | None = None  # held until there is a part of the body
+        self._length: int | None = None  # Content-Length: a client has the response with its last byte
+        self._last = b""  # the part with that byte, which is held until the response is recorded
         self._refused = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
@@ -200,6 +202,8 @@ class _Recorded:
             lines = [name.decode("latin-1") + ": " + value.decode("latin-1")
                      for name, value in message["headers"] if name.lower() in _KEPT]  # fmt: skip
             entry.response_type = "\n".join(lines)[:1000]
+            length = next((value for name, value in message["headers"] if name.lower() == b"content-length"), b"")
+            self._length = int(length) if length.isdigit() and len(length) < 20 else None
             self._start = message
             return
         if message["type"] == "http.response.body":
@@ -209,6 +213,9 @@ class _Recorded:
                 self._parts.append(part)
             else:
                 self._parts.clear()
+            if message.get("more_body", False) and self._length is not None and self._size >= self._length:
+                self._last += part
+                return
             if not message.get("more_body", False) and self._code not in _NOT_DONE:
                 entry.response_bytes = self._size
                 whole = self._size <= LARGEST_RESPONSE
@@ -224,6 +231,8 @@ class _Recorded:
         if self._start is not None:
             start, self._start = self._start, None
             await self._send(start)
+        if self._last:
+            message, self._last = {**message, "body": self._last + bytes(message.get("body", b""))}, b""
         await self._send(message)
 
 

@@ -126,6 +126,35 @@ def render(families: Iterable[Family[Number] | Family[Distribution]]) -> bytes:
     return "".join(line for family in families for line in _lines(family)).encode()
 
 
+def merged(own: bytes, others: Mapping[str, bytes]) -> bytes:
+    """The text of a server with those of its rocklet processes, by worker: the series of a process get the label
+    `worker`, and each metric stays one group, as the format requires."""
+    groups: dict[str, list[str]] = {}
+    for worker, text in (("", own), *others.items()):
+        label = f'worker="{worker.translate(_ESCAPES)}"'
+        lines: list[str] = []
+        known = False
+        for line in text.decode().split("\n")[:-1]:  # values may have other line separators
+            if line.startswith("# HELP "):
+                name = line.split(" ", 3)[2]
+                known = name in groups
+                lines = groups.setdefault(name, [])
+            if line.startswith("#"):
+                if not known:
+                    lines.append(line)
+            else:
+                lines.append(_labelled(line, label) if worker else line)
+    return "".join(f"{line}\n" for lines in groups.values() for line in lines).encode()
+
+
+def _labelled(line: str, label: str) -> str:
+    series, space, value = line.partition(" ")
+    name, brace, _ = series.partition("{")
+    if not brace:
+        return f"{name}{{{label}}}{space}{value}"
+    return f"{name}{{{label},{line[len(name) + 1:]}"
+
+
 def _lines(family: Family[Number] | Family[Distribution]) -> Iterator[str]:
     text = family.text.replace("\\", r"\\").replace("\n", r"\n")
     yield f"# HELP {family.name} {text}\n# TYPE {family.name} {family.kind}\n"

@@ -191,6 +191,14 @@ class WireWorker:
         data = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
         return _parsed(kind, *await self._transport(row.method, row.url(**path), query, data))
 
+    async def metrics(self) -> bytes:
+        """Its metrics as text. Unavailable and other RockErrors."""
+        row = ROUTES["metrics"]
+        status, data = await self._transport(row.method, row.path, "", b"")
+        if status >= 300:
+            raise from_wire(orjson.loads(data), status)
+        return data
+
     async def check(self, config: SandboxConfig) -> None:
         # A burst repeats the same check; the create itself detects later changes.
         if self._passed_last[0] is config and self._passed_last[1] > time.monotonic():

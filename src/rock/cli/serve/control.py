@@ -26,7 +26,7 @@ from rock.cli.serve.dialects import e2b_of
 from rock.cli.serve.gateway import RemoteGateway, ServerGateway, endpoint_of
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
-from rock.cli.serve.observing import observe
+from rock.cli.serve.observing import metrics_of, observe
 from rock.cli.serve.processes import Processes, check_left, forget
 from rock.cli.serve.protocols import Protocols
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
@@ -289,6 +289,8 @@ class Control:
         if self.processes is not None:
             self.worker_registry.processes = self.processes.urls
         self.observed = observe(settings, "admin", store)
+        if self.processes is not None:
+            self.observed.processes = partial(metrics_of, self.worker_registry, self.processes.names)
         # a server of the other role may forward requests
         routed = self.admin.audit.over(self.admin.configuration.over(self._route))
         relayed = RelayedCalls(routed, settings.reconnect_timeout)

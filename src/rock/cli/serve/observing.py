@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable
 
 from rock import __version__
+from rock.admin.workers.client import WireWorker
+from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.http.middleware import Exporter, Observability
 from rock.protocol.node import WorkerInfo, WorkerState
@@ -17,6 +20,7 @@ from rock.telemetry.metrics import OTHER, Family, Labels, Number, gauge_of
 
 log = logging.getLogger("rock.server")
 _HOLDING = ("pending", "running", "stopping")  # states in which a sandbox has a slot, or waits for one
+_PATIENCE = 5.0  # seconds for the metrics of a rocklet process
 _MOST_TENANTS = 100  # in the labels of gauges: the tenants with the most sandboxes
 
 
@@ -69,6 +73,26 @@ def observe(settings: Settings, role: str, store: Store | None = None, node: Nod
         return told
 
     return Observability(extra, make_export(settings, role), settings.otel_interval)
+
+
+async def metrics_of(workers: WorkerRegistry, names: Iterable[str]) -> dict[str, bytes]:
+    """The metrics of the rocklet processes with these names, as text. Those of a process that does not respond are
+    absent."""
+
+    async def ask(name: str) -> bytes | None:
+        worker = workers.get(name)
+        if not isinstance(worker, WireWorker):
+            return None  # it has not joined yet
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await worker.metrics()
+        except (RockError, TimeoutError) as error:
+            log.warning("metrics of %s: %r", name, error)
+            return None
+
+    names = list(names)
+    found = await asyncio.gather(*map(ask, names))
+    return {name: text for name, text in zip(names, found, strict=True) if text is not None}
 
 
 def _slots(tally: dict[tuple[str, str], int], workers: Iterable[WorkerInfo]) -> list[Family[Number]]:

@@ -461,7 +461,7 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
             serving: asyncio.Task[None] | None = None
             if processes is not None:  # they join by one of the sockets
                 serving = asyncio.create_task(http.serve(sockets=sockets), name="http")
-                await _opened(processes, serving)
+                await _opened(processes, http, serving)
             server.home.write(settings.host, port, settings.tls_cert, membership is not None)
             reserve = asyncio.create_task(server.home.reserve.keep(), name="reserve")
             _announce(settings, port)
@@ -477,7 +477,7 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
             print(f"{left} sandboxes stay alive; `rock admin start` finds them again", flush=True)
 
 
-async def _opened(processes: Processes, serving: asyncio.Task[None]) -> None:
+async def _opened(processes: Processes, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
     """Wait until the processes serve, or until `serving` ends because of a signal. The error of a process."""
     opening = asyncio.create_task(processes.open(), name="processes")
     try:
@@ -485,11 +485,11 @@ async def _opened(processes: Processes, serving: asyncio.Task[None]) -> None:
         if opening.done():
             opening.result()
     except BaseException:
-        serving.cancel()
+        http.should_exit = True  # a cancelled server leaves its listeners open, and the loop does not close them
+        await asyncio.gather(serving, return_exceptions=True)
         raise
     finally:
-        if not opening.done():
-            opening.cancel()
+        opening.cancel()  # no effect on one that is done
         await asyncio.gather(opening, return_exceptions=True)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +19,7 @@ from rock.images.layers.blobs import Archive, Blob, Bounds, Plain, compression
 from rock.images.layers.importer import Archived, LayerBlob, choose, read_docker, read_oci, this_architecture
 from rock.images.layers.store import LayerInfo, LayerStore, PackedLayer
 from rock.images.layers.writer import LayerWriter
-from rock.images.records import ImageRecord, Records, locked, storing
+from rock.images.records import ImageRecord, Records, locked, storing, try_lock
 from rock.images.registry.logins import Login, Logins
 from rock.images.registry.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.images.registry.reference import Reference, free_name, parse
@@ -37,6 +38,8 @@ EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"  # digest of an empty layer
 _PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
 _MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
 _UNPACKED_AT_ONCE = 2
+_LONGEST_WORDS = 200  # bytes of progress that processes share
+_LOOK = 0.2  # seconds between two attempts to acquire the lock of a pull
 
 
 class ImageImports:
@@ -149,6 +152,33 @@ def _chosen(path: Path, images: list[Archived], name: str | None) -> list[tuple[
 # ---- transfers ----
 
 
+@contextmanager
+def shared_pull(path: Path, progress: Progress | None) -> Iterator[Progress | None]:
+    """Acquire the lock of a pull: one process of this machine pulls an image, and others wait for it. The lock file has
+    the progress of that pull, which the others report. A waiting `progress` that raises ends the wait."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while not try_lock(fd):
+            if progress is not None:
+                words = os.pread(fd, _LONGEST_WORDS, 0).decode(errors="replace").strip()
+                progress(words or "another process pulls it")
+            time.sleep(_LOOK)
+
+        def share(words: str) -> None:
+            with suppress(OSError):  # on a full disk the pull itself reports the error
+                os.pwrite(fd, words.encode()[:_LONGEST_WORDS].ljust(_LONGEST_WORDS), 0)
+
+        def report(words: str) -> None:
+            share(words)
+            if progress is not None:
+                progress(words)
+
+        share("")  # of an earlier pull
+        yield report
+    finally:
+        os.close(fd)
+
+
 class Transfers:
     """locks: the store's lock folder. `ImageStore` documents the methods."""
 
@@ -162,7 +192,8 @@ class Transfers:
 
     def pull(self, name: str, reference: Reference, login: Login | None, progress: Progress | None) -> ImageRecord:
         pulls = self._locks / f"pull-{hashlib.sha256(reference.full.encode()).hexdigest()[:16]}"
-        with locked(pulls), locked(self._gate, shared=True), self._layers.scratch() as scratch:
+        with shared_pull(pulls, progress) as progress, locked(self._gate, shared=True), \
+                self._layers.scratch() as scratch:  # fmt: skip
             registries = self._registries(reference, login)
             with storing(f"pulling {name}"), Pull(
                 reference, registries, scratch, self._layers.has, progress, self._layers.bounds()
