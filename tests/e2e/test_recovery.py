@@ -156,6 +156,7 @@ def test_an_unattached_sandbox_can_be_stopped(slow: tuple[RunningServer, Path]) 
     assert [again(server, sandbox).arun("echo a").output for sandbox in sandboxes[1:]] == ["a\n"] * 2
 
 
+@pytest.mark.one_process("each of several processes attaches to its sandboxes before it serves")
 def test_a_sandbox_that_ends_before_it_is_attached_is_lost(slow: tuple[RunningServer, Path]) -> None:
     server, plan = slow
     ended, stays = make(server), make(server)
