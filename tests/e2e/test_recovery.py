@@ -173,6 +173,7 @@ def test_a_sandbox_that_ends_before_it_is_attached_is_lost(slow: tuple[RunningSe
     assert again(server, stays).arun("echo a").output == "a\n"
 
 
+@pytest.mark.one_process("each of several processes attaches to its sandboxes before it serves")
 def test_a_kill_before_all_sandboxes_are_attached(slow: tuple[RunningServer, Path]) -> None:
     server, plan = slow
     sandboxes = [make(server) for _ in range(4)]

@@ -74,8 +74,8 @@ class Replaced:
             await asyncio.wait({task})
 
     async def end(self, old: Supervisor, *, whole: bool) -> None:
-        """End one, and return when all its processes have ended. whole: when all of it is removed, with the output of its
-        background processes; RockError then. Otherwise its files and limits are removed in the background."""
+        """End one, and return when all its processes have ended. whole: when all of it is removed, with the output of
+        its background processes; RockError then. Otherwise its files and limits are removed in the background."""
         task = self._ending[old.id] = asyncio.create_task(old.replaced(logs=whole), name=f"replaced-{old.id}")
         task.add_done_callback(lambda _: self._removed(old.id, task))
         if whole:
