@@ -179,6 +179,7 @@ def test_a_full_disk(small_disk: Path, own_server: Callable[..., RunningServer])
     assert shutil.disk_usage(small_disk).free > 0
 
 
+@pytest.mark.one_process("other processes write to the disk while the test fills it")
 def test_a_disk_that_is_nearly_full(small_disk: Path, own_server: Callable[..., RunningServer]) -> None:
     """Wherever in a start it is that the room ends."""
     # Without the audit log: its writes in the background would release the reserve, and then nothing starts.

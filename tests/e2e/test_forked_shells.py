@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import RunningServer
+from tests.leaks import homes
 from tests.waiting import until
 
 from rock.guest.init import native, process_tree
@@ -23,7 +24,7 @@ COMPILED = {"x86_64": "271", "aarch64": "73"}[os.uname().machine]  # ppoll
 def records(server: RunningServer) -> list[dict[str, Any]]:
     """The records of the sandboxes of the namespace runtime."""
     found = []
-    for path in (server.home / "run/namespace").glob("n-*/record.json"):
+    for path in (one for home in homes(server.home) for one in (home / "run/namespace").glob("n-*/record.json")):
         with contextlib.suppress(FileNotFoundError):  # it is removed meanwhile
             found.append(json.JSONDecoder().raw_decode(path.read_text())[0])
     return found
@@ -93,6 +94,7 @@ def test_a_session_with_other_settings_is_opened_as_it_was(server: RunningServer
     remove(client)
 
 
+@pytest.mark.one_process("it waits for the end of the whole server")
 def test_a_crash_before_the_first_command_of_a_child(own_server: Callable[..., RunningServer]) -> None:
     """The shell has its state, and gets it once: later changes stay after another crash."""
     server = own_server()
