@@ -27,10 +27,9 @@ from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, d
 from rock.protocol.keys import caller_of
 from rock.protocol.routes import BUILD, ERROR_CODE, OUTAGE, PREFIX, ROUTES, is_data
 from rock.protocol.sandbox import Cause, SandboxInfo, State
-from rock.proxy.recording import Recorder
+from rock.proxy.recording import Recorder, remember
 from rock.store.base import Record, Store
 
-_REMEMBERED = 20_000
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may respond with 421 too
 
 
@@ -69,7 +68,7 @@ class Proxy:
         if record.state is State.RUNNING:
             self._recorder.noted(record)
             if record.tenant:
-                _remember(self._owned, record.id, record.tenant)
+                remember(self._owned, record.id, record.tenant)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -105,7 +104,7 @@ class Proxy:
             record = await self._store.get(sandbox_id)
             if record is None or record.tenant != tenant:
                 return False
-            _remember(self._owned, sandbox_id, tenant)
+            remember(self._owned, sandbox_id, tenant)
             return True
         return known == tenant
 
@@ -152,7 +151,7 @@ class Proxy:
             raise Unavailable(f"worker {name} of sandbox {sandbox_id} is not there now", sandbox_id=sandbox_id,
                               hint="retry", details=OUTAGE)  # fmt: skip
         if record.state is State.RUNNING:
-            _remember(self._placed, sandbox_id, name)
+            remember(self._placed, sandbox_id, name)
         return worker
 
     async def _explain(self, sandbox_id: str) -> RockError:
@@ -161,12 +160,6 @@ class Proxy:
         if record is None:
             return no_such_sandbox(sandbox_id)
         return tell(record.info)
-
-
-def _remember(known: OrderedDict[str, str], sandbox_id: str, value: str) -> None:
-    known[sandbox_id] = value
-    while len(known) > _REMEMBERED:
-        known.popitem(last=False)
 
 
 async def _elsewhere(request: Request) -> Answer:

@@ -13,7 +13,7 @@ import time
 from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 from rock import faults
 from rock.errors import DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, RockError, StartFailed, Unavailable
@@ -35,12 +35,20 @@ from rock.store.base import Record, Store
 from rock.store.recordings import Head, opened
 
 _REMEMBERED = 20_000
+_Value = TypeVar("_Value")
 _TYPE = b"content-type"
 _KEPT = frozenset({_TYPE, b"x-rock-error", b"x-rock-start", b"x-rock-next", b"x-rock-running"})  # headers of responses
 _LONGEST_KEY = 300
 # Errors of requests that were not served, or not to their end: an entry without a response is sent again by a replay.
 _NOT_DONE = frozenset(kind.code.encode() for kind in (
     DiskFull, Exited, Expired, Lost, NotHere, OutOfMemory, StartFailed, Unavailable))  # fmt: skip
+
+
+def remember(known: OrderedDict[str, _Value], sandbox_id: str, value: _Value) -> None:
+    """Add what is known of a sandbox; beyond a number of sandboxes the oldest entry is dropped."""
+    known[sandbox_id] = value
+    while len(known) > _REMEMBERED:
+        known.popitem(last=False)
 
 
 class Recorder:
@@ -63,7 +71,7 @@ class Recorder:
             if record is None:
                 return False
             known = bool(record.config.record)
-            self._remember(sandbox_id, known)
+            remember(self._known, sandbox_id, known)
             if known:
                 await opened(self._store, record)
         return known
@@ -73,12 +81,7 @@ class Recorder:
         if record.config.record:
             self._known.pop(record.id, None)
         else:
-            self._remember(record.id, False)
-
-    def _remember(self, sandbox_id: str, records: bool) -> None:
-        self._known[sandbox_id] = records
-        while len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
+            remember(self._known, record.id, False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, sandbox_id: str, forward: App) -> None:
         """Serve a request to a recorded sandbox. forward: leads to its worker."""

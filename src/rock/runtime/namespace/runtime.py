@@ -384,16 +384,15 @@ class NamespaceRuntime(InitSandboxes):
         return True
 
     async def recover(self, handle: Handle) -> Liveness:
+        data = handle.data
         for left in reversed(range(_HELLOS)):
             try:
                 await self.link(handle).request("hello", patience=10)
                 break
             except errors.RockError:  # on a machine without free memory or CPU, a response may take long
-                data = handle.data
                 if not left or "pid" not in data or not process_tree.lives(data["pid"], data["start"]):
                     return Liveness.GONE
-        if "egress" in handle.data:
-            data = handle.data
+        if "egress" in data:
             self._egress.adopt(data["slot"], handle.id, lambda: self.link(handle), data["egress"])
         return Liveness.RUNNING
 
