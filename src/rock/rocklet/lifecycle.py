@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from rock import faults
-from rock.errors import DiskFull, Exited, Expired, Lost, OutOfMemory, RockError
+from rock.errors import DiskFull, Exited, Expired, Lost, OutOfMemory, RockError, Unavailable
 from rock.protocol.node import NodeEvent, NodeEvents
+from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import Cause, Phase, SandboxConfig
 from rock.rocklet.retained import RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
@@ -110,16 +112,15 @@ class Ends:
     """The sandboxes that ended by themselves. Each end is an event for followers, and the error of later requests to
     the sandbox.
 
-    boot: the run of the server that the numbers of the events belong to. closing: calls return without waiting for
-    events.
+    boot: the run of the server that the numbers of the events belong to.
     """
 
     def __init__(self, boot: str) -> None:
         self._boot = boot
-        self.closing = False
+        self._closing = False
         self._events: list[NodeEvent] = []
         self._number = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # another one after each change
         self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
 
     def tell(self, sandbox_id: str, cause: Cause, reason: str) -> None:
@@ -132,9 +133,15 @@ class Ends:
                                       at=time.time()))  # fmt: skip
         del self._events[:-_KEPT_EVENTS]
 
-    async def notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def notify(self) -> None:
+        """Wake the waiting calls."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def let_go(self) -> None:
+        """The server stops: calls that wait for events get Unavailable. Idempotent."""
+        self._closing = True
+        self.notify()
 
     def forget(self, sandbox_id: str) -> None:
         """Another sandbox uses the name now."""
@@ -150,10 +157,13 @@ class Ends:
 
     async def since(self, after: int, wait: float, boot: str = "") -> NodeEvents:
         """Events with a number above `after`; waits up to `wait` seconds for one, but not if `boot` is another run: its
-        numbers are not those of this one."""
-        try:
-            async with asyncio.timeout(wait if boot in ("", self._boot) else 0), self._changed:
-                await self._changed.wait_for(lambda: self._number > after or self.closing)
-        except TimeoutError:
-            pass
+        numbers are not those of this one. Unavailable while the server stops: an empty response would be followed by
+        the next request at once."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait if boot in ("", self._boot) else 0):
+                while self._number <= after and not self._closing:
+                    await self._changed.wait()
+        if self._closing and self._number <= after:
+            raise Unavailable("the worker is stopping; its sandboxes continue", details=OUTAGE,
+                              hint="ask for its events again once it has restarted")
         return NodeEvents(boot=self._boot, events=[event for event in self._events if event.number > after])

@@ -120,14 +120,16 @@ class Node:
         await self.recovery.survey(later=later)
 
     def let_go(self) -> None:
-        """Prepare for the stop of the server: requests that wait for commands end now, and the commands continue."""
+        """Prepare for the stop of the server: requests that wait for commands or events end now, and the
+        commands continue."""
+        self.ends.let_go()
         self.recovery.let_go()
         for supervisor in self.supervisors.values():
             supervisor.let_go()
 
     async def close(self) -> None:
         """Detach from every sandbox and leave it running."""
-        self.ends.closing = True
+        self.ends.let_go()
         await self.recovery.close()
         tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._rolling.values(),
                  *self._replaced.tasks(), *self._tasks]
@@ -145,7 +147,6 @@ class Node:
         self.state_dir.close()
         self.configuration.close()
         await self.runtimes.close()
-        await self.ends.notify()
 
     # ---- create, stop and destroy ----
 
@@ -518,7 +519,7 @@ class Node:
         self._spawn(self._clean_up(supervisor))
 
     async def _clean_up(self, supervisor: Supervisor) -> None:
-        await self.ends.notify()
+        self.ends.notify()
         if self.supervisors.get(supervisor.id) is supervisor:
             try:
                 await (self.rest if supervisor.config.keeps_files else self.destroy)(supervisor.id)

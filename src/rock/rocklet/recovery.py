@@ -207,7 +207,7 @@ class Recovery:
         try:
             await faults.point("node.recovery.attach")
             await self._guarded(one.id, self._attach(one))
-            await self._ends.notify()
+            self._ends.notify()
             del self.unattached[one.id]
         finally:
             del self._attaching[one.id]

@@ -443,7 +443,11 @@ class LocalWorker:
         return await self._node.status()
 
     async def events(self, after: int, wait: float, boot: str = "") -> NodeEvents:
-        return await self._node.ends.since(after, wait, boot)
+        try:
+            return await self._node.ends.since(after, wait, boot)
+        except Unavailable:  # this server stops, and soon cancels its caller
+            await asyncio.sleep(wait)
+            raise
 
     async def volumes(self) -> NodeVolumes:
         return self._node.volumes.inventory()
