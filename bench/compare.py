@@ -2,8 +2,9 @@
 
 Each argument is a commit, or `.` for the working tree. Both servers run at the same time and are measured alternately
 in short slices, so that a change of the machine's speed affects both. For each row it prints the medians, the ratio of
-the second version to the first, and its 95 % confidence interval (bootstrap over the slices). With `--check` it fails
-when a row is worse by more than `--tolerance` with confidence. The client is that of the working tree.
+the second version to the first, and its 95 % confidence interval (bootstrap over the slices). Starts of a server and
+memory are measured before that, with one server at a time. With `--check` it fails when a row is worse by more than
+`--tolerance` with confidence. The client is that of the working tree.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from hosted import cpu_of
+
 from rock.cli.bench.floors import bare_server, serving
-from rock.cli.bench.measuring import commands, cycles, first_commands, many_sessions
+from rock.cli.bench.measuring import commands, cycles, first_commands, many_sessions, memory, used_memory
 from rock.settings import child_environment
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SAMPLES = 2000  # of the bootstrap
+_IDLE = 12  # sandboxes whose memory is measured
 
 
 @dataclass
@@ -70,16 +75,33 @@ def installed(version: str, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def running(path: Path, home: str) -> Iterator[str]:
-    """The URL of a server of that source."""
+def running(path: Path, home: str) -> Iterator[tuple[str, int]]:
+    """(URL, pid) of a server of that source."""
     environment = child_environment(ROCK_HOME=home, ROCK_POOL_SIZE="0") | {"PYTHONPATH": str(path)}
     found = subprocess.run([sys.executable, "-c", "import rock; print(rock.__path__[0])"], env=environment,
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
     if not found.startswith(str(path)):
         raise SystemExit(f"Python imports {found.strip()} instead of {path}; use an environment without another rock")
     words = ("-m", "rock.cli.server", "--host", "127.0.0.1", "--port", "0")
-    with serving(home, *words, env=environment) as (url, _):
-        yield url
+    with serving(home, *words, env=environment) as found_at:
+        yield found_at
+
+
+def starts(paths: tuple[Path, Path], homes: tuple[str, str], count: int) -> list[Row]:
+    """A server's start on a home that it knows, its memory without sandboxes, and that of an idle sandbox."""
+    rows = [Row("start until the server serves", "s", False), Row("its CPU", "s", False),
+            Row("memory without sandboxes, PSS", "MB", False), Row("memory of an idle sandbox, PSS", "MB", False)]
+    for number in range(count + 1):
+        for which in (0, 1) if number % 2 else (1, 0):
+            began = time.monotonic()
+            with running(paths[which], homes[which]) as (url, pid):
+                values = [time.monotonic() - began, cpu_of(pid)]
+                time.sleep(1.5)  # what it starts in the background
+                values += [used_memory(pid) / 1e6, asyncio.run(memory(url, pid, _IDLE))[-1]]
+            if number:  # the first is a warm-up
+                for row, value in zip(rows, values, strict=True):
+                    row.slices[which].append(value)
+    return rows
 
 
 async def measure(urls: tuple[str, str], slices: int, bare: str) -> list[Row]:
@@ -102,21 +124,25 @@ def main() -> int:
     parser.add_argument("base")
     parser.add_argument("head", nargs="?", default=".")
     parser.add_argument("--slices", type=int, default=12, help="slices of each version")
+    parser.add_argument("--starts", type=int, default=6, help="starts of each version")
     parser.add_argument("--check", action="store_true", help="fail when a row is worse with confidence")
     parser.add_argument("--tolerance", type=float, default=0.1, help="part by which a row may be worse")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    if given.slices < 3:
-        parser.error("--slices: at least 3, for an interval")
+    if min(given.slices, given.starts) < 3:
+        parser.error("--slices, --starts: at least 3, for an interval")
     with contextlib.ExitStack() as stack:
-        urls = []
+        paths, homes = [], []
         for version in (given.base, given.head):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rock-compare-"))
             (home := Path(folder) / "home").mkdir()
-            urls.append(stack.enter_context(running(installed(version, Path(folder)), str(home))))
+            paths.append(installed(version, Path(folder)))
+            homes.append(str(home))
+        rows = starts((paths[0], paths[1]), (homes[0], homes[1]), given.starts)
+        servers = [stack.enter_context(running(*each))[0] for each in zip(paths, homes, strict=True)]
         bare = stack.enter_context(bare_server())
-        rows = asyncio.run(measure((urls[0], urls[1]), given.slices, bare))
-    print(f"load {os.getloadavg()[0]:.1f}, {given.slices} slices", file=sys.stderr)
+        rows += asyncio.run(measure((servers[0], servers[1]), given.slices, bare))
+    print(f"load {os.getloadavg()[0]:.1f}, {given.slices} slices, {given.starts} starts", file=sys.stderr)
     worse = []
     for row in rows:
         ratio, low, high = row.ratio()
