@@ -11,7 +11,7 @@
 #include "child.h"
 
 /* Compared by guest/init/native.py when it loads the library. Increase it with each change of a signature or a layout. */
-EXPORTED const long rock_native_version = 2;
+EXPORTED const long rock_native_version = 3;
 
 /* Start a child that makes `count` calls. Returns its pid, or a negative error number.
  *

@@ -21,9 +21,12 @@
 #define CALL_MADVISE 28
 #define CALL_SENDTO 44
 #define CALL_RECVFROM 45
+#define CALL_SENDMSG 46
+#define CALL_GETSOCKOPT 55
 #define CALL_CLONE 56
 #define CALL_EXIT_GROUP 231
 #define CALL_PPOLL 271
+#define CALL_ACCEPT4 288
 #define CALL_SIGNALFD4 289
 #elif defined(__aarch64__) && defined(__LP64__)
 #define CALL_CLOSE 57
@@ -36,9 +39,12 @@
 #define CALL_RT_SIGPROCMASK 135
 #define CALL_SENDTO 206
 #define CALL_RECVFROM 207
+#define CALL_GETSOCKOPT 209
+#define CALL_SENDMSG 211
 #define CALL_MUNMAP 215
 #define CALL_CLONE 220
 #define CALL_MADVISE 233
+#define CALL_ACCEPT4 242
 #else
 #error "x86_64 and aarch64 only; ROCK uses fork elsewhere"
 #endif

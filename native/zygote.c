@@ -19,9 +19,15 @@
 #define WHOLE 0x20             /* MSG_TRUNC: the result is the size of the message */
 #define NO_SIGNAL 0x4000        /* MSG_NOSIGNAL */
 #define READABLE 1             /* POLLIN */
-#define HELD 12                /* in the note: the first of the streams that are read, see pack_note */
-#define STREAMS 3              /* of them */
+#define SERVER 2               /* in the note: the user id of the server, see pack_note */
+#define HELD 11                /* in the note: the first of the descriptors that are retained for streams */
+#define STREAMS 4              /* of them; the first one is written to, the others are read */
 #define LONGEST 128            /* bytes of a request that is served here */
+#define ANSWER 192             /* bytes, more than of any response to one */
+#define SOCKETS 1              /* SOL_SOCKET */
+#define RIGHTS 1               /* SCM_RIGHTS */
+#define PEER 17                /* SO_PEERCRED */
+#define FOR_THIS_PROCESS 02004000 /* SOCK_CLOEXEC | SOCK_NONBLOCK */
 #define INTERRUPTED (-4)       /* EINTR */
 
 /* Memory shared with the launcher, for one child. 96 bytes, then the rows. */
@@ -126,12 +132,12 @@ static unsigned long add_number(char *message, unsigned long length, unsigned lo
     return length;
 }
 
-/* The number of a request to watch the streams of the first program, in the only form in which the server sends it
+/* The number of a request that ends in this text, in the only form in which the server sends it
  * (rock/runtime/init/link.py); 0 for any other message.
  */
-static unsigned long number_of_watch(const char *message, unsigned long size)
+static unsigned long number_of(const char *message, unsigned long size, const char *after)
 {
-    static const char before[] = "{\"id\": ", after[] = ", \"op\": \"watch_streams\", \"key\": \"session:default\"}";
+    static const char before[] = "{\"id\": ";
     unsigned long place, index, number = 0;
 
     for (place = 0; before[place]; place++)
@@ -153,30 +159,109 @@ static long send(long connection, const char *message, unsigned long size)
     return system_call(CALL_SENDTO, connection, (long)message, (long)size, NOW | NO_SIGNAL, 0, 0) == (long)size ? 0 : -1;
 }
 
+/* As `send`, with the descriptors that are retained for the streams of the first program. */
+static long send_streams(long connection, const char *message, unsigned long size, const long *held)
+{
+    struct {
+        unsigned long size;
+        int level;
+        int kind;
+        int descriptors[STREAMS];
+    } rights = {sizeof(rights), SOCKETS, RIGHTS, {0}};
+    struct {
+        const char *start;
+        unsigned long size;
+    } part = {message, size};
+    struct {
+        void *name;
+        unsigned int name_size;
+        void *parts;
+        unsigned long count;
+        void *rights;
+        unsigned long rights_size;
+        int flags;
+    } whole = {(void *)0, 0, &part, 1, &rights, sizeof(rights), 0};
+    unsigned long index;
+
+    for (index = 0; index < STREAMS; index++)
+        rights.descriptors[index] = (int)held[index];
+    return system_call(CALL_SENDMSG, connection, (long)&whole, NOW | NO_SIGNAL, 0, 0, 0) == (long)size ? 0 : -1;
+}
+
 #define ENDED 1  /* the server has closed the connection */
 #define SERVED 2 /* a request was served here */
 
-/* Look at the message that waits on a connection: ENDED, SERVED, or 0 for work, which stays there. */
-static long look_at_message(long connection)
+/* Look at the message that waits on a connection: ENDED, SERVED, or 0 for work, which stays there. Served are requests for
+ * what a server needs of an idle sandbox: to watch the streams of the first program while it has closed its own
+ * descriptors, to receive them again, and to know the programs after its own restart.
+ */
+static long look_at_message(struct control *control)
 {
-    char request[LONGEST], reply[LONGEST];
+    char request[LONGEST], reply[ANSWER];
+    long connection = control->connection, program = control->started, sent;
     long size = system_call(CALL_RECVFROM, connection, (long)request, LONGEST, PEEK | NOW | WHOLE, 0, 0);
-    unsigned long number, length;
+    unsigned long number, length, watch, attach, known;
 
     if (size == 0)
         return ENDED;
-    if (size < 0 || size > LONGEST)
+    if (size < 0 || size > LONGEST || program <= 0)
         return 0;
-    number = number_of_watch(request, (unsigned long)size);
+    watch = number_of(request, (unsigned long)size, ", \"op\": \"watch_streams\", \"key\": \"session:default\"}");
+    attach = number_of(request, (unsigned long)size, ", \"op\": \"attach\", \"key\": \"session:default\"}");
+    known = number_of(request, (unsigned long)size, ", \"op\": \"hello\", \"brief\": true}");
+    number = watch ? watch : attach ? attach : known;
     if (!number)
         return 0;
     length = add_text(reply, 0, "{\"id\": ");
     length = add_number(reply, length, number);
-    length = add_text(reply, length, ", \"ok\": true}");
-    if (send(connection, reply, length) < 0)
+    if (watch) {
+        length = add_text(reply, length, ", \"ok\": true}");
+        sent = send(connection, reply, length);
+    } else if (attach) {
+        length = add_text(reply, length, ", \"pid\": ");
+        length = add_number(reply, length, (unsigned long)program);
+        length = add_text(reply, length, ", \"pty\": false, \"streams\": [\"stdin\", \"stdout\", \"197\", \"199\"]}");
+        sent = send_streams(connection, reply, length, control->note + HELD);
+    } else {
+        length = add_text(reply, length, ", \"programs\": [{\"pid\": ");
+        length = add_number(reply, length, (unsigned long)program);
+        length = add_text(reply, length, ", \"key\": \"session:default\", \"keep\": true}]}");
+        sent = send(connection, reply, length);
+    }
+    if (sent < 0)
         return 0;
+    if (!known)
+        control->watching = watch != 0;
     system_call(CALL_RECVFROM, connection, (long)request, LONGEST, NOW, 0, 0);
     return SERVED;
+}
+
+/* Accept the connection of a server after the end of the earlier one, with the checks of Python (pid1.py): a process
+ * outside of this pid namespace, of the server's user. Any other one is closed. Returns 0, or -1 for work.
+ */
+static long accept_server(long listener, struct control *control)
+{
+    struct {
+        int process;
+        unsigned int user;
+        unsigned int group;
+    } peer = {-1, 0, 0};
+    unsigned int size = sizeof(peer);
+    long connection;
+
+    if (control->connection >= 0)
+        return -1;
+    connection = system_call(CALL_ACCEPT4, listener, 0, 0, FOR_THIS_PROCESS, 0, 0);
+    if (connection < 0)
+        return -1;
+    if (system_call(CALL_GETSOCKOPT, connection, SOCKETS, PEER, (long)&peer, (long)&size, 0) < 0 || peer.process != 0 ||
+        peer.user != (unsigned int)control->note[SERVER]) {
+        system_call(CALL_CLOSE, connection, 0, 0, 0, 0, 0);
+        return 0;
+    }
+    control->connection = connection;
+    control->watching = 0;
+    return 0;
 }
 
 /* Tell the server that there is output of the first program, or the end of it. Returns 0, or -1. */
@@ -190,44 +275,45 @@ static long tell_output(long connection, long program)
     return send(connection, event, length);
 }
 
-/* Wait until there is work: a request of the server, another connection, or one of the blocked signals, which tell of the
- * end of a child. No work is the end of the connection, and what idle sandboxes need: to watch the streams of the first
- * program for the server, once. `connection` and `watching` of the control are valid afterwards.
+/* Wait until there is work: a request of the server that is not served here, a second connection, or one of the blocked
+ * signals, which tell of the end of a child. The end of the connection is no work, nor is the next one of a server.
+ * `connection` and `watching` of the control are valid afterwards.
  */
 static void wait_for_work(long listener, struct control *control, const unsigned long *blocked)
 {
     long signals = system_call(CALL_SIGNALFD4, -1, (long)blocked, SIGNALS_SIZE, CLOSE_ON_EXEC, 0, 0);
 
     while (signals >= 0) {
-        struct waited waited[3 + STREAMS];
-        unsigned long count = control->watching ? 3 + STREAMS : 3, index, output = 0;
+        struct waited waited[2 + STREAMS];
+        unsigned long count = control->watching ? 2 + STREAMS : 3, index, output = 0;
         long found;
 
         for (index = 0; index < count; index++) {
             waited[index].descriptor = (int)(index == 0 ? listener : index == 1 ? control->connection
-                                             : index == 2 ? signals : control->note[HELD + index - 3]);
+                                             : index == 2 ? signals : control->note[HELD + index - 2]);
             waited[index].events = READABLE;
             waited[index].found = 0;
         }
         found = system_call(CALL_PPOLL, (long)waited, (long)count, 0, 0, SIGNALS_SIZE, 0);
         if (found == INTERRUPTED)
             continue;
-        if (found < 0 || waited[0].found || waited[2].found)
+        if (found < 0 || waited[2].found)
             break;
         for (index = 3; index < count; index++)
             output |= waited[index].found != 0;
         if (waited[1].found) {
-            long message = look_at_message(control->connection);
+            long message = look_at_message(control);
 
             if (message == 0)
                 break;
-            if (message == SERVED) {
-                control->watching = 1;
+            if (message == SERVED)
                 continue;
-            }
             system_call(CALL_CLOSE, control->connection, 0, 0, 0, 0, 0);
             control->connection = -1;
             control->watching = 0;
+        } else if (waited[0].found) {
+            if (accept_server(listener, control) < 0)
+                break;
         } else if (output) {
             if (tell_output(control->connection, control->started) < 0)
                 break;

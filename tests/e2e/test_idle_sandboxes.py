@@ -19,6 +19,7 @@ from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import SessionClosed
+from rock.guest.init import native
 from rock.sync import Sandbox, SandboxConfig
 
 PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "probed.py"
@@ -101,6 +102,38 @@ def test_idle_sessions_hold_one_descriptor_and_keep_their_state(own_server: Call
     found = [Sandbox(SandboxConfig(base_url=server.url, image=IMAGE)).attach(one.sandbox_id) for one in sandboxes]
     assert found[0].arun("echo $x").output == "later\n0\n"
     assert found[5].arun("echo $x $PWD").output == "5 /tmp\n"
+
+
+@pytest.mark.skipif(native.library is None, reason=f"no extension: {native.missing}")
+def test_neither_a_pause_nor_a_restart_wakes_pid_1(own_server: Callable[..., RunningServer]) -> None:
+    """Its Python needs 1.3 MB and 2.6 ms of CPU, which all sandboxes of a server would need at a restart."""
+    server = own_server(ROCK_IDLE_AFTER="1")
+    before = descriptors(server)
+    sandbox = create(server)
+    sandbox.arun("x=5")
+    [pid] = [record["pid"] for path in server.home.rglob("record.json")
+             if (record := json.loads(path.read_text())).get("id") == sandbox.sandbox_id]  # fmt: skip
+    wait_closed(server, before)
+    assert sandbox.arun("echo $x").output == "5\n"
+    assert waits_in_compiled_code(pid)
+    server.kill()
+    server.start()
+    again = Sandbox(SandboxConfig(base_url=server.url, image=IMAGE)).attach(sandbox.sandbox_id)
+    assert again.arun("echo $x").output == "5\n"
+    assert waits_in_compiled_code(pid)
+    long = "y=" + "z" * 20_000  # its file needs pid 1
+    assert again.arun(f"{long}; echo ${{#y}}").output == "20000\n"
+    assert not waits_in_compiled_code(pid)
+    server.kill()
+    server.start()
+    again = Sandbox(SandboxConfig(base_url=server.url, image=IMAGE)).attach(sandbox.sandbox_id)
+    assert again.arun("echo $x ${#y}; ls -A /tmp").output == "5 20000\n"
+
+
+def waits_in_compiled_code(pid: int) -> bool:
+    """Whether a pid 1 waits in ppoll, once it waits; its Python waits in epoll_wait."""
+    until(lambda: not Path(f"/proc/{pid}/syscall").read_text().startswith("running"))
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == {"x86_64": "271", "aarch64": "73"}[os.uname().machine]
 
 
 class CountingServer(RunningServer):

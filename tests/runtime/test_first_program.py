@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,13 +25,27 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.commands.session import DEFAULT
 from rock.rocklet.commands.shell_process import first_program
 from rock.runtime.base import ExitStatus, Handle, Process
-from rock.runtime.init.link import InitProcess
+from rock.runtime.init.link import InitLink, InitProcess
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import Box, HandMade, run
 from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(native.library is None, reason=f"no extension: {native.missing}")
 KEY = "session:default"
+# Connects to a pid 1 as another user, by the folder of its socket, and prints whether it closes the connection.
+STRANGER = """import os, socket, sys
+os.setgroups([])
+uid = int(sys.argv[2])
+os.setresgid(uid, uid, uid)
+os.setresuid(uid, uid, uid)
+one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+one.settimeout(10)
+one.connect(f"/proc/self/fd/{sys.argv[1]}/s")
+try:
+    one.send(b'{"id": 1, "op": "hello", "brief": true}')
+    print("answered" if one.recv(999) else "closed")
+except ConnectionError:
+    print("closed")"""
 # What a program has, beside its own pid: environment, user, limits, rights, signals and descriptors.
 ABOUT = ("env | grep -v ^_= | sort; id; pwd; umask; ulimit -a; ulimit -Ha; cat /proc/self/oom_score_adj; "
          "grep -E '^(Cap|NoNew|Seccomp:|Sig|Groups)' /proc/$$/status; ls /proc/$$/fd; echo end")
@@ -185,18 +201,67 @@ def _sockets(handle: Handle) -> int:
 
 
 def test_the_next_server_finds_it(tmp_path: Path) -> None:
-    """The end of a connection wakes pid 1 for nothing; the next connection is served."""
+    """The end of a connection, the next one, and the requests of a server that starts do not wake pid 1."""
 
     async def main() -> None:
         async with opened(tmp_path) as (runtime, _), sandbox(runtime) as (handle, process):
             assert process is not None
             await said(process, "kept=1; echo end")
             before = _sockets(handle)
+            for number in range(3):
+                runtime._slots.let_go_of_all()
+                await asyncio.to_thread(until, lambda: _sockets(handle) == before - 1)
+                assert await waits(handle)
+                assert await runtime.processes(handle) == [KEY]
+                again = await runtime.attach(handle, KEY)
+                assert await waits(handle) and _sockets(handle) == before
+                assert await said(again, f"echo $kept {number}; echo end") == f"1 {number}\nend\n"
+                again.close(forget=False)
+            assert (await runtime.stat(handle, "/tmp")).kind == "directory"
+            assert not await waits(handle)
+            assert await runtime.processes(handle) == [KEY]
+
+    run(main())
+
+
+def test_a_second_connection_wakes_pid_1(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as (runtime, _), sandbox(runtime) as (handle, process):
+            assert process is not None
+            second = InitLink.connect(runtime._run_dir / handle.data["slot"], handle.id)
+            assert await second.kept() == [KEY] == await runtime.processes(handle)
+            assert not await waits(handle)
+            second.close()
+            assert await said(process, "echo end") == "end\n"
+
+    run(main())
+
+
+def test_a_user_of_the_sandbox_is_not_served(tmp_path: Path) -> None:
+    """Only the server can reach the socket. pid 1 checks the user of a connection all the same."""
+    if os.geteuid():
+        pytest.skip("needs root, to connect as another user")
+
+    async def main() -> None:
+        async with opened(tmp_path) as (runtime, _), sandbox(runtime) as (handle, process):
+            assert process is not None
+            folder, before = runtime._run_dir / handle.data["slot"], _sockets(handle)
             runtime._slots.let_go_of_all()
             await asyncio.to_thread(until, lambda: _sockets(handle) == before - 1)
+            folder.chmod(0o777)
+            (folder / "s").chmod(0o777)
+            fd = os.open(folder, os.O_PATH)
+            try:
+                done = await asyncio.to_thread(
+                    subprocess.run, [sys.executable, "-c", STRANGER, str(fd), str(handle.data["base"])],
+                    pass_fds=[fd], capture_output=True, text=True, timeout=20, check=False)
+            finally:
+                os.close(fd)
+                folder.chmod(0o700)
+            assert done.stdout == "closed\n", done.stderr
             assert await waits(handle)
             again = await runtime.attach(handle, KEY)
-            assert await said(again, "echo $kept; echo end") == "1\nend\n"
+            assert await said(again, "echo end") == "end\n"
             again.close(forget=False)
 
     run(main())
@@ -222,8 +287,12 @@ def test_streams_of_an_idle_session_are_watched(awake: bool, tmp_path: Path) -> 
             await asyncio.wait_for(changed.wait(), 20)
             assert await waits(handle) is not awake
             await process.reopen_streams()
-            assert not await waits(handle)
+            assert await waits(handle) is not awake
             assert await said(process, "echo end") == "late\nend\n"
+            await process.close_streams(changed.set)  # and once more
+            await process.reopen_streams()
+            assert await waits(handle) is not awake
+            assert await said(process, "echo again; echo end") == "again\nend\n"
 
     run(main())
 

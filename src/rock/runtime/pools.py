@@ -126,3 +126,8 @@ class StartsFirst(Protocol, metaclass=Capability):
         """The path and the process of the first program of a sandbox, once. None where it was not started: the user
         starts it. The caller owns the process."""
         ...
+
+    def first_path(self, handle: Handle) -> str | None:
+        """The path of the first program of a sandbox of an earlier server, once its `processes` are known; None where
+        that program no longer runs, or was not started."""
+        ...

@@ -19,7 +19,7 @@ import signal
 import struct
 
 NAME = "librocknative.so"
-_VERSION = 2  # rock_native_version in native/program.c: an editable installation may have an older library
+_VERSION = 3  # rock_native_version in native/program.c: an editable installation may have an older library
 _NUMBERS = {
     "x86_64": {"rt_sigaction": 13, "rt_sigprocmask": 14, "ioctl": 16, "dup3": 292, "setsid": 112, "prctl": 157,
                "setgroups": 116, "setresuid": 117, "setresgid": 119, "prlimit64": 302, "chdir": 80, "execve": 59},

@@ -52,8 +52,9 @@ class Handover:
 
     # ---- while a command runs ----
 
-    def write_down(self, keep: JournalEntry, run: Run, action: BashAction, held: bytes) -> None:
-        """Record the intent before the shell receives the command. held: bytes to be returned ahead of its output."""
+    def write_down(self, keep: JournalEntry, run: Run, action: BashAction, held: bytes, *, by_file: bool) -> None:
+        """Record the intent before the shell receives the command. held: bytes to be returned ahead of its output.
+        by_file: the shell may read it from a file, which is removed after it."""
         if any(spool.full for spool in self._spools.values()):
             keep.journal.flush()  # the spool file restarts at its beginning
         try:
@@ -63,7 +64,7 @@ class Handover:
             return  # the server's disk is full: the command runs, and a crash loses its output
         keep.journal.begin(
             keep.place, kind="run", session=self._process.spec.session, token=run.token, began=run.began,
-            timeout=action.timeout, limit=action.max_output_bytes, **spooled,
+            timeout=action.timeout, limit=action.max_output_bytes, **({"file": True} if by_file else {}), **spooled,
         )  # fmt: skip
         self._divert(action.separate)
 

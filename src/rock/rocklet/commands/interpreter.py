@@ -169,7 +169,7 @@ class Interpreter:
         held, dropped = self._idle_output.take()
         run = self._begin(action.max_output_bytes, sink, (held, dropped))
         if keep is not None:
-            self.handover.write_down(keep, run, action, held)
+            self.handover.write_down(keep, run, action, held, by_file=len(action.command) >= LONG)
         else:
             self.handover.flush()
         return run

@@ -205,6 +205,9 @@ class Sessions:
         specs = {name: CreateBashSessionRequest.model_validate(s) for name, s in record.items()}
         if KEY + DEFAULT.session in kept:
             specs.setdefault(DEFAULT.session, DEFAULT)
+            path = self._runtime.first_path(self._handle) if isinstance(self._runtime, StartsFirst) else None
+            if path is not None:  # it is always bash, and needs no look at the files inside
+                self._shells[None] = Shell(path, BASH)
         for name, request in specs.items():
             with contextlib.suppress(RockError):
                 session = Session(self._runtime, self._handle, request, await self.find_shell(request.shell))

@@ -141,7 +141,7 @@ class Session:
                 self._interpreter.run = None
                 self._interpreter.handover.ended()
                 self.resume()
-                if not self._leaving:
+                if entry.get("file") and not self._leaving:
                     with contextlib.suppress(RockError):
                         await self._interpreter.remove_file(run)
 

@@ -67,6 +67,7 @@ class InitLink:
         self._unwanted: set[int] = set()
         self._processes: dict[int, list[InitProcess]] = {}
         self._early: dict[int, ExitStatus] = {}
+        self.kept_pids: dict[str, int] = {}  # by key, as of the last call of `kept`
         self._outgoing: list[tuple[bytes, list[int]]] = []
         self.closed = False
         self.on_lost: Callable[[], None] | None = None  # called once when pid 1 closed the connection
@@ -274,11 +275,12 @@ class InitLink:
         reply, fds = await self.request("attach", {"key": key})
         return self._adopt(reply, fds, key, True)
 
-    async def kept(self) -> list[str]:
-        """Keys of the kept programs that are not yet dropped."""
-        reply, fds = await self.request("hello")
+    async def kept(self, patience: float = PATIENCE) -> list[str]:
+        """Keys of the kept programs that are not yet dropped. A pid 1 that waits in compiled code stays there."""
+        reply, fds = await self.request("hello", {"brief": True}, patience=patience)
         _close_all(fds)
-        return [str(program["key"]) for program in reply["programs"] if program["keep"]]
+        self.kept_pids = {str(one["key"]): int(one["pid"]) for one in reply["programs"] if one["keep"]}
+        return list(self.kept_pids)
 
     def _adopt(self, reply: Mapping[str, Any], fds: list[int], key: str, keep: bool) -> InitProcess:
         pid = int(reply["pid"])

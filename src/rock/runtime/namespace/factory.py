@@ -132,7 +132,7 @@ class Factory:
                 sandbox.volumes = {one.volume: [one.name, one.read_only] for one in mounted if one.volume}
             if streams is not None and "program" in reply:
                 sandbox.link, process = streams.adopt(slot, reply["program"], FIRST_KEY)
-                sandbox.first = reply["path"], process
+                sandbox.first, sandbox.shell = (reply["path"], process), (reply["path"], process.pid)
             else:
                 sandbox.link = InitLink.connect(slots.run_dir / slot, slot)
             slots.live[slot] = sandbox

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from rock import errors
 from rock.guest.init import process_tree
+from rock.guest.init.programs import FIRST_KEY
 from rock.host import swapping
 from rock.images.records import RootFS
 from rock.images.store import Images
@@ -364,6 +365,10 @@ class NamespaceRuntime(InitSandboxes):
         found, sandbox.first = sandbox.first, None
         return found
 
+    def first_path(self, handle: Handle) -> str | None:
+        path, pid = handle.data.get("first") or (None, 0)
+        return path if pid and self.link(handle).kept_pids.get(FIRST_KEY) == pid else None
+
     @staticmethod
     def _usable(sandbox: Sandbox) -> bool:
         return sandbox.link is not None and not sandbox.link.closed
@@ -387,7 +392,7 @@ class NamespaceRuntime(InitSandboxes):
         data = handle.data
         for left in reversed(range(_HELLOS)):
             try:
-                await self.link(handle).request("hello", patience=10)
+                await self.link(handle).kept(patience=10)
                 break
             except errors.RockError:  # on a machine without free memory or CPU, a response may take long
                 if not left or "pid" not in data or not process_tree.lives(data["pid"], data["start"]):

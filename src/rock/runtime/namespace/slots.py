@@ -110,6 +110,7 @@ class Sandbox:
     snapshots: Sequence[str] = ()  # its layers above the image, newest first
     over_volume: str = ""  # the name of the volume whose size ended it
     first: tuple[str, InitProcess] | None = None  # its first program, until its user takes it
+    shell: tuple[str, int] | None = None  # the path and the pid inside of the first program that was started
     recovered: bool = False  # an earlier server created it
 
     def count_kill(self) -> None:
@@ -128,6 +129,8 @@ class Sandbox:
                                  "cgroups": self.folders}
         if self.snapshots:
             found["snapshots"] = list(self.snapshots)
+        if self.shell is not None:
+            found["first"] = list(self.shell)
         return found
 
 
