@@ -185,9 +185,15 @@ def test_large_answers_come_by_memory_that_is_only_ours_to_read(url: str) -> Non
 
 
 @pytest.mark.parametrize("length", [0, 1, 60, 1 << 17, (16 << 20) + 1, 1 << 62])
-def test_lies_about_the_memory(url: str, length: int) -> None:
+@pytest.mark.parametrize("reader", ["client", "rocklet"])
+def test_lies_about_the_memory(url: str, reader: str, length: int) -> None:
     with SandboxEnv(str(WORLDS), trust_remote_code=True, world="Bad") as env:
         env.reset(seed=1)
+        if reader == "rocklet":
+            held(env).close()
+            with pytest.raises(errors.RockError, match=r"malformed|makes no sense"):
+                env.step(f"length {length}")
+            return
         with pytest.raises(errors.RockError):
             env.step(f"memory {length}")
             env.step("fine")

@@ -21,6 +21,7 @@ from tests.conftest import RunningServer
 
 from rock import errors
 from rock.envs.client import EnvironmentHandle
+from rock.guest.environments.frames import STEP
 from rock.gym import SandboxEnv, SandboxVectorEnv
 from rock.gym.source import INSIDE
 
@@ -98,6 +99,23 @@ def test_any_size(url: str) -> None:
             before, seen = seen, memory_of(env)[:50]
             assert (seen != before) == (16 << 10 <= size < PART - 100), size
         assert env._player.link.ways
+
+
+def test_over_the_server(url: str) -> None:
+    """The rocklet reads the memory then. A second response of an environment does not replace one that is not read."""
+    home = worlds().World("picture", length=40)
+    with there(world="World", kind="picture", length=40) as env, there(world="Large") as sizes:
+        alike(env.reset(seed=3), home.reset(seed=3))
+        sizes.reset()
+        for one in (env, sizes):
+            one._player.link.ways[one._player.number].close()
+        alike(env.step(0), home.step(0))
+        player = env._player
+        for found in player.link.ask_all([player._ask(STEP, 0, player.index + n) for n in range(4)]):
+            alike(player.was_stepped(found), home.step(0))
+        for size in (1, 16_000, 70_000, 1 << 20, PART - 40, PART + 1, 20_000):
+            alike(sizes.step(size)[0], np.arange(size, dtype=np.uint8))
+        assert not player.link.ways and not sizes._player.link.ways
 
 
 # ---- what is not trusted

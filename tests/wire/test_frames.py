@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import socket
 import ssl
@@ -592,6 +593,30 @@ def test_a_reader_of_frames_is_the_same_for_any_portions(data: bytes, size: int)
 
     whole = wire.pack(1, 5, data) + wire.pack(2, 6, data[: len(data) // 2]) + data
     assert read([whole]) == read([whole[at : at + size] for at in range(0, len(whole), size)])
+
+
+@fuzz
+@given(st.lists(st.integers(0, 100_000), max_size=6), st.lists(st.integers(1, 70_000), min_size=1), st.booleans())
+def test_a_reader_of_large_frames_is_the_same_with_memory_of_their_size(
+    sizes: list[int], portions: list[int], receives: bool
+) -> None:
+    """receives: the rest of a large frame is received into its memory, as a client does."""
+    sent = [(1, 0, 7, number, random.Random(size).randbytes(size)) for number, size in enumerate(sizes)]
+    rest = b"".join(wire.pack(kind, number, payload, value=value) for kind, _, value, number, payload in sent)
+    reader, found, turn = wire.FrameReader(frozenset({1}), views=True), [], 0
+    while rest:
+        count = portions[turn % len(portions)]
+        turn += 1
+        room = reader.room if receives else None
+        if room is not None:
+            count = min(count, len(room), len(rest))
+            room[:count] = rest[:count]
+            new = list(reader.filled(count))
+        else:
+            new = list(reader.feed(rest[:count]))
+        rest = rest[count:]
+        found += [(*head, bytes(payload)) for *head, payload in new]
+    assert found == sent and not reader.incomplete
 
 
 @fuzz

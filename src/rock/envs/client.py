@@ -298,7 +298,7 @@ class EnvironmentClient:
     def _post(self, body: bytes) -> bytes:
         LEASES.used()
         return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE,
-                                   limit=self._limit)  # fmt: skip
+                                   limit=self._limit, views=True)  # fmt: skip
 
     def _value(self, op: int, payload: Any) -> Any:
         if op == ERROR:

@@ -100,6 +100,11 @@ class Connection:
 
     # ---- for a caller that reads and writes the socket itself ----
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes of the socket are those of the peer, without TLS."""
+        return self._tls is None
+
     def encoded(self, data: bytes) -> bytes:
         """The bytes that the socket sends for `data`."""
         if self._tls is None:

@@ -117,7 +117,7 @@ class Answer:
         return self.done and not self._closing and not self._buffer
 
     def take(self) -> bytes:
-        """The body read since the last call."""
+        """The body read since the last call. A large one of an upgraded connection is a memoryview."""
         parts, self._parts = self._parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
 

@@ -58,7 +58,7 @@ class Channel:
         self.served = False  # a response has come
         self._connection = connection
         self._socket = primitives.SharedSocket(connection.sock, self._read)
-        self._reader = wire.FrameReader(wire.OF_SERVER)
+        self._reader = wire.FrameReader(wire.OF_SERVER, views=True)
         self._calls: dict[int, Call] = {}
         self._number = 0
         self._problem = ""
@@ -139,12 +139,19 @@ class Channel:
     def _read(self) -> None:
         """Read what has come, and deliver it."""
         try:
-            data = self._socket.receive(max(READ_SIZE, self._reader.missing))
-            if data is None:
-                return
+            if self._connection.is_plain and (room := self._reader.room) is not None:
+                count = self._socket.receive_into(room)
+                if count is None:
+                    return
+                found, ended = self._reader.filled(count), not count
+            else:
+                data = self._socket.receive(max(READ_SIZE, self._reader.missing))
+                if data is None:
+                    return
+                data, ended = self._connection.decoded(data)
+                found = self._reader.feed(data)
             self._received = time.monotonic()
-            data, ended = self._connection.decoded(data)
-            for frame in self._reader.feed(data):
+            for frame in found:
                 self._take(*frame)
             if ended:
                 raise ConnectionResetError("the server closed it")

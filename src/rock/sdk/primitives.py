@@ -114,6 +114,13 @@ class SharedSocket:
         except (BlockingIOError, InterruptedError):
             return None
 
+    def receive_into(self, room: memoryview) -> int | None:
+        """As `receive`, into memory; returns the number of bytes."""
+        try:
+            return self._sock.recv_into(room)
+        except (BlockingIOError, InterruptedError):
+            return None
+
     def send(self, data: bytes, later: bool) -> None:
         """Send all of it. later: with what other calls send in this pass of the loop. OSError."""
         assert self._loop is not None

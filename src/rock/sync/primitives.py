@@ -94,6 +94,13 @@ class SharedSocket:
         except (BlockingIOError, InterruptedError):
             return None
 
+    def receive_into(self, room: memoryview) -> int | None:
+        """As `receive`, into memory; returns the number of bytes, as many as fit where they come within a turn."""
+        try:
+            return self._sock.recv_into(room, len(room), socket.MSG_WAITALL)
+        except (BlockingIOError, InterruptedError):
+            return None
+
     def send(self, data: bytes, later: bool) -> None:
         """Send all of it. OSError."""
         try:

@@ -147,8 +147,9 @@ class Transport:
         deadline: float | None = None,
         limit: float | None = None,
         repeats: bool = True,
+        views: bool = False,
     ) -> bytes:
-        """The body of the answer. Raises what `json` does.
+        """The body of the answer, which is a memoryview where `views` permits one. Raises what `json` does.
 
         deadline: seconds from now after which it is not tried again; `timeout` where it is None. limit: the same for
         what was silent for long: seconds that what is asked may take. repeats: whether it may be sent again when the
@@ -163,8 +164,8 @@ class Transport:
                 _, _, answer = self._exchange(method, target, body, left, key, content_type, whole=True)
                 data = answer.take()
                 if answer.status >= 300:
-                    raise failure(answer.status, data, self.url)
-                return data
+                    raise failure(answer.status, bytes(data), self.url)
+                return data if views else bytes(data)
             except errors.Unavailable as error:
                 if retry is None:
                     retry = self._retry(error, began, timeout if deadline is None else deadline, limit)

@@ -99,6 +99,10 @@ class Bad(gym.Env):
             time.sleep(1000)
         if action.startswith("memory "):
             _lie(int(action.partition(" ")[2]))
+        if action.startswith("length "):
+            worker = sys.modules["rock.guest.environments.worker"].EnvironmentWorker
+            worker._put = lambda *_: int(action.partition(" ")[2]).to_bytes(8, "big")
+            found = np.ones(50_000, np.float32)
         if action == "cut":
             os.ftruncate(197, 0)
         if action in ("garbage", "every descriptor"):

@@ -5,7 +5,8 @@
 in network byte order. The payload of a request or a response is a value (values.py), or JSON with the flag PLAIN; the
 rocklet forwards it unread. With the flag IN_MEMORY in the request, a large response may have the flag too: its payload
 is then 8 bytes, the length of the real payload, which starts at the beginning of the environment's part of the shared
-memory. Ops:
+memory. The client of an environment on this machine, or else the rocklet, sends the flag if no other response of the
+environment is outstanding. Ops:
 
     HELLO   token                     response OK with the token: synchronizes the rocklet with the start of a frame
     MAKE    {"env_id", "kwargs", ..}  response OK

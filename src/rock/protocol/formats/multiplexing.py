@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rock.protocol.routes import METHODS
 
@@ -36,6 +37,7 @@ _REQUEST = struct.Struct(">IHHB")  # window, length of the target, of the header
 _HEADERS = struct.Struct(">H")
 _NAME, _VALUE = struct.Struct(">B"), struct.Struct(">H")
 _CREDIT = struct.Struct(">I")
+_LARGE = 32 << 10  # bytes of a payload that gets memory of its own size
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -114,13 +116,13 @@ def request_of(value: int, payload: bytes) -> tuple[str, bytes, bytes, Headers, 
 
 
 def response_of(payload: bytes) -> tuple[Headers, bytes]:
-    """(headers, body) of a response. Malformed."""
+    """(headers, body) of a response. The body of a memoryview is one too. Malformed."""
     if len(payload) < _HEADERS.size:
         raise Malformed("a response ends in its head")
     begin = _HEADERS.size + int(_HEADERS.unpack_from(payload)[0])
     if begin > len(payload):
         raise Malformed("a response ends in its headers")
-    return headers_of(payload[_HEADERS.size : begin]), payload[begin:]
+    return headers_of(bytes(payload[_HEADERS.size : begin])), payload[begin:]
 
 
 def headers_of(data: bytes) -> Headers:
@@ -145,27 +147,53 @@ def headers_of(data: bytes) -> Headers:
 class FrameReader:
     """Splits bytes in any portions into frames: (kind, flags, value, number, payload).
 
-    kinds: that the sender may use. The length of a payload is checked before the payload is stored. Malformed.
+    kinds: that the sender may use. The length of a payload is checked before the payload is stored. Malformed. views: a
+    payload of more than 32 KiB that comes in several portions is a memoryview, without further copies; a caller can
+    receive the rest of such a frame into `room`.
     """
 
-    __slots__ = ("_buffer", "_kinds", "_wanted")
+    __slots__ = ("_buffer", "_filled", "_kinds", "_room", "_views", "_wanted")
 
-    def __init__(self, kinds: frozenset[int]) -> None:
+    def __init__(self, kinds: frozenset[int], *, views: bool = False) -> None:
         self._kinds = kinds
+        self._views = views
         self._buffer = bytearray()
         self._wanted = HEAD.size
+        self._room: memoryview | None = None  # of a whole frame
+        self._filled = 0
 
     @property
     def incomplete(self) -> bool:
         """Whether a frame has begun and not ended."""
-        return bool(self._buffer)
+        return bool(self._buffer) or self._room is not None
 
     @property
     def missing(self) -> int:
         """Bytes until a frame that has begun ends."""
+        if self._room is not None:
+            return len(self._room) - self._filled
         return self._wanted - len(self._buffer) if self._buffer else 0
 
-    def feed(self, data: bytes) -> Iterator[tuple[int, int, int, int, bytes]]:
+    @property
+    def room(self) -> memoryview | None:
+        """Where the rest of a large frame belongs, if there is one; `filled` follows."""
+        return None if self._room is None else self._room[self._filled :]
+
+    def filled(self, count: int) -> Iterator[tuple[int, int, int, int, Any]]:
+        """So many bytes were received into `room`."""
+        assert self._room is not None
+        self._filled += count
+        if self._filled == len(self._room):
+            whole, self._room = self._room, None
+            _, kind, flags, value, number = HEAD.unpack_from(whole)
+            yield kind, flags, value, number, whole[HEAD.size :]
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, int, int, int, Any]]:
+        if self._room is not None:
+            taken = data[: self.missing]
+            self._room[self._filled : self._filled + len(taken)] = taken
+            yield from self.filled(len(taken))
+            data = data[len(taken) :]
         if self._buffer:
             self._buffer += data
             if len(self._buffer) < self._wanted:
@@ -182,6 +210,11 @@ class FrameReader:
             end = at + head + length
             if end > size:
                 self._wanted = end - at
+                if self._views and length >= _LARGE:
+                    self._room = memoryview(bytearray(self._wanted))
+                    self._filled = size - at
+                    self._room[: self._filled] = data[at:]
+                    return
                 break
             yield kind, flags, value, number, data[at + head : end]
             at = end
