@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import IMAGE, RunningServer
 from tests.image.registries import USER, Odd, blobs_of, docker_registry, odd_registry, push
+from tests.waiting import until
 
 from rock.errors import ImageError, StartFailed
 from rock.images.store import ImageStore
@@ -131,7 +132,7 @@ def test_how_far_an_image_is(own_server: Callable[..., RunningServer], tmp_path:
                 going.set()
             first.result()
         assert client.get_sandbox("a" * 8).phases["image"].message == "on disk"
-        assert client.list_workers()[0].status.fetching == {}
+        until(lambda: client.list_workers()[0].status.fetching == {})  # of each process, by its next report
         sandbox.stop()
 
 
