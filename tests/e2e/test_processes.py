@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from tests.leaks import members_of, rocklet_process
 from tests.waiting import until
 
 from rock.cli.serve.processes import count_of, name_of, number_of, usual_count
-from rock.errors import ClientError, NotFound, Unsupported
+from rock.errors import ClientError, NotFound, StartFailed, Unsupported
 from rock.settings import Settings
 from rock.sync import Client, Sandbox, SandboxConfig
 from rock.sync.transport import Transport
@@ -258,3 +259,16 @@ def test_a_setting_that_a_process_refuses_ends_the_server_with_its_error(tmp_pat
         server.start()
     assert server.process is not None and server.process.returncode == 1
     assert "ResourceWarning" not in server.log()
+
+
+def test_a_removal_that_overtakes_its_create_leaves_nothing(pair: RunningServer) -> None:
+    """The start fails by its time limit, and the removal reaches the process by another connection than the create."""
+    before = pair.inventory()
+    options = {"base_url": pair.url, "image": IMAGE, "memory": "64m"}
+    for seconds in [0.000001, 0.003] * 30:
+        with contextlib.suppress(StartFailed):
+            Sandbox(SandboxConfig.model_validate({**options, "startup_timeout": seconds})).start()
+    with Client(pair.url) as client:
+        for info in client.list_sandboxes():
+            client.stop_sandbox(info.sandbox_id)
+    pair.assert_clean(before, 20)

@@ -66,12 +66,13 @@ class Starts:
         self.queue = StartQueue(lambda: len(workers))
         self._tasks: dict[str, asyncio.Task[Record]] = {}
         self._waiting: dict[str, Ticket] = {}  # tickets of starts that have not begun
+        self._late: set[asyncio.Task[None]] = set()  # that wait for requests of starts that failed by their time limit
 
     def __contains__(self, sandbox_id: str) -> bool:
         return sandbox_id in self._tasks
 
-    def tasks(self) -> list[asyncio.Task[Record]]:
-        return list(self._tasks.values())
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        return [*self._tasks.values(), *self._late]
 
     def begin(self, record: Record, fresh: bool = False) -> asyncio.Task[Record]:
         """Start a pending sandbox in the background; one task per sandbox.
@@ -115,13 +116,20 @@ class Starts:
 
     async def _begun(self, record: Record, fresh: bool) -> Record:
         restored, began = record.info.archive is not None, time.monotonic()
+        request: asyncio.Task[NodeSandbox] | None = None
         try:
             with tracing.span("start sandbox", {"rock.sandbox_id": record.id, "rock.image": record.config.image}):
                 async with asyncio.timeout(record.config.startup_timeout):
                     worker = await self._worker_for(record)
                     await faults.point("launch.begun")
-                    made = await self._started(worker, record, fresh)
+                    request = asyncio.create_task(self._started(worker, record, fresh))
+                    await settled(request)
+                    made = request.result()
                     await faults.point("launch.made")
+        except asyncio.CancelledError:
+            if request is not None:
+                await _cancel(request)
+            raise
         except TimeoutError:
             error: RockError = SandboxError(
                 f"sandbox {record.id} did not start within {record.config.startup_timeout:g} s", sandbox_id=record.id
@@ -145,6 +153,15 @@ class Starts:
         STARTS.of("failed").observe(time.monotonic() - began)
         wire = error.to_wire()
         wire["error"]["sandbox_id"] = record.id
+        outstanding = request is not None and not request.done()
+        new = await self._failed(record, error, wire, restored)
+        if outstanding and request is not None:
+            late = asyncio.create_task(self._answered_late(record, request), name=f"late-{record.id}")
+            self._late.add(late)
+            late.add_done_callback(self._late.discard)
+        return new
+
+    async def _failed(self, record: Record, error: RockError, wire: dict[str, Any], restored: bool) -> Record:
         if restored:
             return await self._records.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
         lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
@@ -154,6 +171,25 @@ class Starts:
         for listener in self.on_failed:
             listener(new)
         return new
+
+    async def _answered_late(self, record: Record, request: asyncio.Task[NodeSandbox]) -> None:
+        """The end of a request that was outstanding when its start failed by its time limit. The removal of the sandbox
+        may have overtaken it on the way to the worker, which has the sandbox then."""
+        try:
+            await asyncio.wait({request})
+        except asyncio.CancelledError:
+            await _cancel(request)
+            raise
+        if request.cancelled() or request.exception() is not None:
+            return
+        now = await self._records.store.get(record.id)
+        if now is not None and (now.info.created_at != record.info.created_at or
+                                now.state in (State.PENDING, State.RUNNING, State.ARCHIVING)):  # fmt: skip
+            return  # it was started again since, and the worker has one sandbox with this id
+        if now is not None and now.state is not State.DELETED:
+            await self._records.apply(record.id, Event.LAUNCHED, known=now)  # which removes it
+        elif (worker := self._workers.get((now or record).info.worker or "")) is not None:
+            await worker.destroy(record.id)
 
     async def _worker_for(self, record: Record) -> Worker:
         """Its own worker, or for one from the archive any that fits; with an external scheduler the one that it
@@ -273,3 +309,8 @@ class Starts:
         if launch is not None:
             launch.cancel()
             await asyncio.wait({launch})
+
+
+async def _cancel(request: asyncio.Task[NodeSandbox]) -> None:
+    request.cancel()
+    await asyncio.wait({request})
